@@ -1,0 +1,1 @@
+"""closeup: text-to-image generation that gets faces right, served by Triton."""

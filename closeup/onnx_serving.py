@@ -1,0 +1,175 @@
+"""The Python-based ``onnxruntime`` backend without Triton: complete a config, run a batch.
+
+NVIDIA's container serves the same repository with its native backend of that name; what is
+completed here follows its rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from closeup.engines import Engine, TensorSpec
+from closeup.errors import ModelError
+
+MODEL_FILE = "model.onnx"
+DEFAULT_MAX_BATCH_SIZE = 4  # the native backend's default too
+_TRITON_TYPES = {
+    "float16": "TYPE_FP16",
+    "float32": "TYPE_FP32",
+    "float64": "TYPE_FP64",
+    "bool": "TYPE_BOOL",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What a short ``config.pbtxt`` leaves out.
+
+    Attributes:
+        max_batch_size: 0 when the first axis is no batch axis.
+        dynamic_batching: turn it on; False when the config chooses a scheduler itself.
+        inputs: tensors to add, each ``{"name", "data_type", "dims"}``, dims without the batch.
+        outputs: the same of outputs.
+    """
+
+    max_batch_size: int
+    dynamic_batching: bool
+    inputs: tuple[dict[str, Any], ...]
+    outputs: tuple[dict[str, Any], ...]
+
+
+def triton_type(dtype: np.dtype[Any]) -> str:
+    """Triton's config name of an element type, e.g. ``TYPE_FP32``."""
+    return _TRITON_TYPES.get(dtype.name, f"TYPE_{dtype.name.upper()}")
+
+
+def find_engine(model_dir: Path, file_name: str = "") -> Path:
+    """The engine file in a model's version folder.
+
+    Args:
+        model_dir: ``<repository>/<model>/<version>``.
+        file_name: the config's ``default_model_filename``, empty when it has none.
+
+    Raises:
+        ModelError: there is none.
+    """
+    path = model_dir / (file_name or MODEL_FILE)
+    if not path.is_file():
+        raise ModelError(f"There is no {path.name} in {model_dir}; run `python -m export`.")
+    return path
+
+
+def complete_config(config: Mapping[str, Any], engine: Engine) -> Completion:
+    """Work out what the config leaves out.
+
+    A batch axis is taken when every tensor's first axis is dynamic and the tensors that the
+    config lists leave that axis out.
+
+    Args:
+        config: the model's config as a dict.
+        engine: its engine.
+
+    Raises:
+        ModelError: the config batches, and the graph has a tensor with a fixed first axis.
+    """
+    size = int(config.get("max_batch_size", 0))
+    tensors = (*engine.inputs, *engine.outputs)
+    fixed = [spec for spec in tensors if not spec.shape or isinstance(spec.shape[0], int)]
+    if size > 0 and fixed:
+        raise ModelError(
+            f"max_batch_size is {size}, but tensor {fixed[0].name} is {fixed[0].describe()}: its "
+            "first axis is fixed; set max_batch_size to 0 or export with a dynamic batch."
+        )
+    listed = {item["name"]: item for key in ("input", "output") for item in config.get(key, ())}
+    full = any(
+        spec.name in listed and len(listed[spec.name].get("dims", ())) == len(spec.shape)
+        for spec in tensors
+    )
+    if size == 0 and not fixed and not full:
+        size = DEFAULT_MAX_BATCH_SIZE
+    chosen = any(config.get(key) is not None for key in _SCHEDULERS)
+    return Completion(
+        max_batch_size=size,
+        dynamic_batching=size > 1 and not chosen,
+        inputs=tuple(_tensor(spec, size) for spec in engine.inputs if spec.name not in listed),
+        outputs=tuple(_tensor(spec, size) for spec in engine.outputs if spec.name not in listed),
+    )
+
+
+_SCHEDULERS = ("dynamic_batching", "sequence_batching", "ensemble_scheduling")
+
+
+def _tensor(spec: TensorSpec, max_batch_size: int) -> dict[str, Any]:
+    shape = spec.shape[1:] if max_batch_size > 0 else spec.shape
+    dims = [axis if isinstance(axis, int) else -1 for axis in shape]
+    return {"name": spec.name, "data_type": triton_type(spec.dtype), "dims": dims or [1]}
+
+
+def run_requests(
+    engine: Engine, requests: Sequence[Mapping[str, np.ndarray]], *, batched: bool
+) -> list[dict[str, np.ndarray] | ModelError]:
+    """Answer several requests with as few engine runs as their shapes allow.
+
+    Requests whose inputs agree in dtype and in every axis but the first are joined along it.
+    When a joined run fails, each of its requests runs alone, so that one of them harms no other.
+
+    Args:
+        engine: the engine.
+        requests: inputs by name, one mapping a request.
+        batched: whether the first axis is a batch; else every request runs alone.
+
+    Returns:
+        For each request, in order, its outputs or its own error.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, feeds in enumerate(requests):
+        key = _batch_key(feeds) if batched else index
+        groups.setdefault(index if key is None else key, []).append(index)
+    answers: dict[int, dict[str, np.ndarray] | ModelError] = {}
+    for members in groups.values():
+        answers.update(
+            zip(members, _run_group(engine, [requests[i] for i in members]), strict=True)
+        )
+    return [answers[index] for index in range(len(requests))]
+
+
+def _batch_key(feeds: Mapping[str, np.ndarray]) -> tuple[Any, ...] | None:
+    """What must agree for requests to run together; None for one that can only run alone."""
+    if any(not array.ndim for array in feeds.values()):
+        return None
+    if len({array.shape[0] for array in feeds.values()}) != 1:
+        return None
+    return tuple((name, feeds[name].dtype.str, feeds[name].shape[1:]) for name in sorted(feeds))
+
+
+def _run_group(
+    engine: Engine, members: Sequence[Mapping[str, np.ndarray]]
+) -> list[dict[str, np.ndarray] | ModelError]:
+    if len(members) == 1:
+        try:
+            return [engine.run(members[0])]
+        except ModelError as error:
+            return [error]
+    sizes = [next(iter(feeds.values())).shape[0] for feeds in members]
+    try:
+        joined = {name: np.concatenate([feeds[name] for feeds in members]) for name in members[0]}
+        outputs = engine.run(joined)
+        _check_split(outputs, sum(sizes))
+    except ModelError:
+        return [_run_group(engine, [feeds])[0] for feeds in members]
+    stops = np.cumsum(sizes)
+    return [
+        {name: array[stop - size : stop] for name, array in outputs.items()}
+        for size, stop in zip(sizes, stops, strict=True)
+    ]
+
+
+def _check_split(outputs: Mapping[str, np.ndarray], rows: int) -> None:
+    for name, array in outputs.items():
+        if not array.ndim or array.shape[0] != rows:
+            raise ModelError(f"output {name} is {array.shape}; expected {rows} rows.")

@@ -1,0 +1,242 @@
+"""Samplers as tables: what each denoising step multiplies, computed before the first one runs.
+
+A sampler of diffusers becomes a :class:`StepTable`: per step one timestep, one input scale and one
+3x5 matrix. The denoiser applies matrices and knows no sampler, so sequences with different
+samplers share its batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from closeup import sampler_options, sampler_schedules, sampler_steps
+from closeup.errors import ModelError, RequestError
+from closeup.sampler_options import SchedulerOptions
+from closeup.sampler_schedules import Schedule
+from closeup.sampler_steps import StepFunction
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTable:
+    """All steps of one run; K may be 0 when the strength leaves no step.
+
+    Attributes:
+        timesteps: (K,) float32, what the network gets.
+        input_scale: (K,) float32, the network's input is ``sample * input_scale``.
+        step: (K, 3, 5) float32; rows next sample, memory 0, memory 1; columns sample, raw network
+            output after guidance, memory 0, memory 1, noise. Memory 0 is the denoised estimate
+            and memory 1 the one before. Both start as zeros.
+        draws_noise: (K,) bool, the step draws one normal of the latents' shape from the request's
+            stream, even where its coefficient is 0.
+        known_step: (K, 2) float32, coefficients of (known latents, their noise) that give the
+            known picture at the noise level after the step, in the sampler's own space; (1, 0)
+            after the last step.
+        init: (2,) float32, the first sample is ``init[0] * known + init[1] * noise``.
+        init_noise_sigma: the first sample of a run from noise alone is this times noise. Where
+            no picture is given it equals ``init[1]``; diffusers' inpainting at strength 1 also
+            starts so, unlike its image-to-image at strength 1.
+    """
+
+    timesteps: npt.NDArray[np.float32]
+    input_scale: npt.NDArray[np.float32]
+    step: npt.NDArray[np.float32]
+    draws_noise: npt.NDArray[np.bool_]
+    known_step: npt.NDArray[np.float32]
+    init: npt.NDArray[np.float32]
+    init_noise_sigma: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampler:
+    """One sampler: a diffusers scheduler class with what its name fixes.
+
+    Attributes:
+        defaults: keys and defaults of the scheduler class.
+        overrides: options that the name fixes, whatever the pipeline's file says.
+        build_schedule: options and steps -> schedule.
+        step: the algorithm.
+        prediction_types: what the network may predict.
+    """
+
+    defaults: Mapping[str, Any]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    build_schedule: Callable[[SchedulerOptions, int], Schedule]
+    step: StepFunction
+    prediction_types: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
+
+
+def _dpm(algorithm_type: str, *, karras: bool) -> Sampler:
+    return Sampler(
+        defaults=sampler_options.DPM_MULTISTEP,
+        overrides={"algorithm_type": algorithm_type, "use_karras_sigmas": karras},
+        build_schedule=sampler_schedules.build_dpm_schedule,
+        step=sampler_steps.step_dpm_multistep,
+    )
+
+
+SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
+    {
+        "euler": Sampler(
+            defaults=sampler_options.EULER,
+            build_schedule=sampler_schedules.build_euler_schedule,
+            step=sampler_steps.step_euler,
+        ),
+        "euler_a": Sampler(
+            defaults=sampler_options.EULER_ANCESTRAL,
+            build_schedule=sampler_schedules.build_euler_schedule,
+            step=sampler_steps.step_euler_ancestral,
+            prediction_types=("epsilon", "v_prediction"),
+        ),
+        "dpm++2m": _dpm("dpmsolver++", karras=False),
+        "dpm++2m_karras": _dpm("dpmsolver++", karras=True),
+        "dpm++sde": _dpm("sde-dpmsolver++", karras=False),
+        "dpm++sde_karras": _dpm("sde-dpmsolver++", karras=True),
+        "lcm": Sampler(
+            defaults=sampler_options.LCM,
+            build_schedule=sampler_schedules.build_consistency_schedule,
+            step=sampler_steps.step_lcm,
+        ),
+        "tcd": Sampler(
+            defaults=sampler_options.TCD,
+            build_schedule=sampler_schedules.build_consistency_schedule,
+            step=sampler_steps.step_ddim,
+        ),
+        "ddim": Sampler(
+            defaults=sampler_options.DDIM,
+            overrides={"clip_sample": False},
+            build_schedule=sampler_schedules.build_ddim_schedule,
+            step=sampler_steps.step_ddim,
+        ),
+    }
+)
+"""Samplers by the name that requests use, in the order they are listed to users."""
+
+FALLBACK_SAMPLER = "dpm++2m"
+"""Stands in for scheduler classes that are no table, PNDM above all: deterministic, multistep."""
+
+_SAMPLER_OF_CLASS = MappingProxyType(
+    {
+        "EulerDiscreteScheduler": "euler",
+        "EulerAncestralDiscreteScheduler": "euler_a",
+        "LCMScheduler": "lcm",
+        "TCDScheduler": "tcd",
+        "DDIMScheduler": "ddim",
+    }
+)
+
+
+def default_sampler(scheduler_config: Mapping[str, Any]) -> str:
+    """Names the sampler that a pipeline's own scheduler is, or the nearest one.
+
+    Args:
+        scheduler_config: the content of ``scheduler/scheduler_config.json``.
+
+    Returns:
+        A key of :data:`SAMPLERS`; :data:`FALLBACK_SAMPLER` for classes that have no table.
+
+    Raises:
+        ModelError: the class trains on a noise schedule that no sampler here supports.
+    """
+    sampler_options.check_class(scheduler_config)
+    name = str(scheduler_config.get("_class_name"))
+    if name != "DPMSolverMultistepScheduler":
+        return _SAMPLER_OF_CLASS.get(name, FALLBACK_SAMPLER)
+    stochastic = str(scheduler_config.get("algorithm_type", "")).startswith("sde-")
+    karras = "_karras" if scheduler_config.get("use_karras_sigmas") else ""
+    return ("dpm++sde" if stochastic else "dpm++2m") + karras
+
+
+def build_step_table(
+    name: str,
+    scheduler_config: Mapping[str, Any],
+    num_inference_steps: int,
+    *,
+    strength: float | None = None,
+) -> StepTable:
+    """Computes every step of a run.
+
+    Args:
+        name: a key of :data:`SAMPLERS`.
+        scheduler_config: the content of the pipeline's ``scheduler/scheduler_config.json``.
+        num_inference_steps: steps at strength 1, at least 1.
+        strength: None for text-to-image; else 0..1, the part of the steps that image-to-image
+            runs, counted from the end: ``int(num_inference_steps * strength)``.
+
+    Returns:
+        The table; empty when the strength leaves no step, and then the input is the result.
+
+    Raises:
+        RequestError: an unknown name, or steps or strength out of range.
+        ModelError: the pipeline's configuration is not supported by this sampler.
+    """
+    sampler = _find_sampler(name)
+    options = _resolve(name, sampler, scheduler_config)
+    _check_run(options, num_inference_steps, strength)
+    schedule = sampler.build_schedule(options, num_inference_steps)
+    begin = _begin_index(schedule, num_inference_steps, strength)
+    steps = range(begin, len(schedule.timesteps))
+    with np.errstate(divide="ignore", invalid="ignore"):  # _finish refuses what is not finite
+        done = [sampler.step(schedule, i, i - begin, options) for i in steps]
+    rows = np.array([step.rows for step in done]).reshape(-1, 3, 5)
+    if not np.isfinite(rows).all():
+        raise ModelError(
+            f"scheduler_config.json has prediction_type = {options.prediction_type!r} on a noise "
+            "schedule whose last timestep holds no signal, from which nothing can be denoised; "
+            "use a v_prediction model."
+        )
+    known = np.concatenate([schedule.levels[begin + 1 : -1], [[1.0, 0.0]]])
+    init = (0.0, schedule.init_noise_sigma) if strength is None else schedule.levels[begin]
+    return StepTable(
+        timesteps=schedule.timesteps[begin:].astype(np.float32),
+        input_scale=schedule.input_scale[begin:].astype(np.float32),
+        step=rows.astype(np.float32),
+        draws_noise=np.array([step.draws_noise for step in done], np.bool_),
+        known_step=known[: len(done)].astype(np.float32),
+        init=np.array(init if done else (1.0, 0.0), np.float32),
+        init_noise_sigma=schedule.init_noise_sigma,
+    )
+
+
+def _find_sampler(name: str) -> Sampler:
+    try:
+        return SAMPLERS[name]
+    except KeyError:
+        raise RequestError(
+            {"scheduler": f"{name!r} is unknown; use one of {', '.join(SAMPLERS)}."}
+        ) from None
+
+
+def _resolve(name: str, sampler: Sampler, scheduler_config: Mapping[str, Any]) -> SchedulerOptions:
+    options = sampler_options.resolve_options(sampler.defaults, scheduler_config, sampler.overrides)
+    if options.prediction_type not in sampler.prediction_types:
+        raise ModelError(
+            f"scheduler_config.json has prediction_type = {options.prediction_type!r}, which "
+            f"{name} does not support; choose another sampler."
+        )
+    return options
+
+
+def _check_run(options: SchedulerOptions, n: int, strength: float | None) -> None:
+    problems = {}
+    if not 1 <= n <= options.num_train_timesteps:
+        problems["steps"] = (
+            f"{n} was given; expected 1 to {options.num_train_timesteps}, the model's timesteps."
+        )
+    if strength is not None and not 0 <= strength <= 1:
+        problems["denoising_strength"] = f"{strength} was given; expected 0 to 1."
+    if problems:
+        raise RequestError(problems)
+
+
+def _begin_index(schedule: Schedule, n: int, strength: float | None) -> int:
+    """Index of the first step: image-to-image skips whole steps at the noisy end."""
+    if strength is None:
+        return 0
+    skipped = n - min(int(n * strength), n)
+    return min(skipped * schedule.order, len(schedule.timesteps))

@@ -1,0 +1,158 @@
+"""Prompts to embeddings, pictures to latents and back, and the denoising of one sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from closeup.images import encode_image, pixels_from_floats, resize
+from closeup.noise import TorchNormal
+from closeup.run import Array, Run, text_tensor
+from closeup.samplers import StepTable
+from closeup.segments import SEGMENT
+from closeup.tokens import PromptTokenizer
+
+PREVIEW_SIDE_PX = 256
+# The encoder's log-variance is clamped to this range before it is used.
+# Source: diffusers, models/autoencoders/vae.py, DiagonalGaussianDistribution.
+LOGVAR_RANGE = (-30.0, 20.0)
+
+Floats = npt.NDArray[np.float32]
+
+
+async def encode_prompts(run: Run, tokenizer: PromptTokenizer, prompts: list[str]) -> Floats:
+    """Return the text encoder's states (len(prompts), L, D); long prompts are cut with a warning."""
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    for tokens in encoded[1:]:
+        if tokens.truncated:
+            run.warnings.append(
+                f"the prompt is {tokens.truncated} tokens longer than the "
+                f"{run.request.model.tokenizer.max_tokens - 2} the model reads; its end was cut."
+            )
+            break
+    ids = np.stack([tokens.ids for tokens in encoded])
+    outputs = await run.infer(
+        run.request.model.text_encoder, {"input_ids": ids}, ["last_hidden_state"]
+    )
+    return np.asarray(outputs["last_hidden_state"], np.float32)
+
+
+def context_rows(run: Run, negative: Floats, prompt: Floats) -> Floats:
+    """Return the context of one sequence: two rows with guidance, one without."""
+    guided = run.request.cfg_scale > 1
+    return np.stack([negative, prompt]) if guided else prompt[None]
+
+
+async def encode_picture(run: Run, picture: Floats) -> tuple[Floats, Floats]:
+    """Return the VAE's mean and standard deviation of a picture, unscaled.
+
+    Args:
+        run: the request.
+        picture: (H, W, 3) in [0, 1].
+
+    Returns:
+        mean, std: each (C, H/8, W/8) float32.
+    """
+    pixels = np.ascontiguousarray((picture * 2 - 1).transpose(2, 0, 1)[None], np.float32)
+    outputs = await run.infer(run.request.model.vae_encoder, {"image": pixels}, ["moments"])
+    mean, logvar = np.split(outputs["moments"][0], 2)
+    return mean, np.exp(np.float32(0.5) * np.clip(logvar, *LOGVAR_RANGE))
+
+
+def sample_posterior(run: Run, moments: tuple[Floats, Floats], stream: TorchNormal) -> Floats:
+    """Draw latents from a picture's moments, in the denoiser's scale."""
+    mean, std = moments
+    model = run.request.model
+    latents = mean + std * stream.randn(mean.shape)
+    return np.asarray((latents - model.shift_factor) * model.scaling_factor, np.float32)
+
+
+async def decode_latents(run: Run, latents: Floats) -> Floats:
+    """Return the picture (H, W, 3) in [0, 1] of denoised latents (C, h, w)."""
+    outputs = await run.infer(
+        run.request.model.vae_decoder, {"latents": latents[None]}, ["image"]
+    )
+    picture = np.asarray(outputs["image"][0], np.float32).transpose(1, 2, 0)
+    return np.clip(picture * np.float32(0.5) + np.float32(0.5), 0, 1)
+
+
+async def denoise(
+    run: Run,
+    *,
+    sample: Floats,
+    context: Floats,
+    table: StepTable,
+    stream: TorchNormal,
+    image: int,
+    mask: Floats | None = None,
+    known: Floats | None = None,
+    known_noise: Floats | None = None,
+) -> Floats:
+    """Run all steps of a table on one sequence, segment by segment.
+
+    Args:
+        run: the request; its current stage is advanced by each step.
+        sample: (C, h, w) starting latents in the sampler's space.
+        context: (rows, L, D).
+        table: K steps.
+        stream: where the stochastic steps' noise is drawn from.
+        image: index of the picture, for progress.
+        mask: (1 or K, 1, h, w); 1 is repainted.
+        known: (C, h, w) what stays elsewhere; needed with a mask.
+        known_noise: (C, h, w) its noise.
+
+    Returns:
+        Denoised latents (C, h, w).
+
+    Raises:
+        RequestCancelled, DeadlineError: between segments.
+        ModelError: the latents are no longer finite.
+    """
+    memory = np.zeros((2, *sample.shape), np.float32)
+    inpainting = mask is not None and known is not None and known_noise is not None
+    for first in range(0, len(table.timesteps), run.segment_steps):
+        part = slice(first, first + run.segment_steps)
+        inputs: dict[str, Array] = {
+            "operation": text_tensor(SEGMENT),
+            "ticket": np.array([run.ticket], np.int64),
+            "sample": sample,
+            "memory": memory,
+            "context": context,
+            "guidance": np.array([run.request.cfg_scale], np.float32),
+            "timestep": table.timesteps[part],
+            "input_scale": table.input_scale[part],
+            "step": table.step[part],
+        }
+        if table.draws_noise[part].any():
+            inputs["noise"] = _draw_noise(table.draws_noise[part], sample.shape, stream)
+        if inpainting:
+            assert mask is not None
+            inputs["mask"] = mask[part] if len(mask) > 1 else mask
+            inputs |= {"known": known, "known_noise": known_noise}  # type: ignore[dict-item]
+            inputs["known_step"] = table.known_step[part]
+        answer = await run.infer(
+            run.request.model.denoiser, inputs, ["next_sample", "next_memory"]
+        )
+        sample, memory = answer["next_sample"], answer["next_memory"]
+        steps = len(table.timesteps[part])
+        run.count("denoiser_steps", steps)
+        run.advance(steps, image=image, preview=await _preview(run, memory[0]))
+    return sample
+
+
+def _draw_noise(draws: Array, shape: tuple[int, ...], stream: TorchNormal) -> Floats:
+    noise = np.zeros((len(draws), *shape), np.float32)
+    for index in np.flatnonzero(draws):
+        noise[index] = stream.randn(shape)
+    return noise
+
+
+async def _preview(run: Run, denoised: Floats) -> bytes | None:
+    if not run.request.previews:
+        return None
+    picture = await decode_latents(run, denoised)
+    shrink = PREVIEW_SIDE_PX / max(picture.shape[:2])
+    if shrink < 1:
+        height, width = (max(1, round(side * shrink)) for side in picture.shape[:2])
+        picture = resize(picture, (height, width))
+    return encode_image(pixels_from_floats(picture), format="jpeg", quality=80, metadata={})

@@ -1,0 +1,191 @@
+"""The Triton models `generate` and `generate_stream`: the graph behind the public fields."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from closeup.errors import DeadlineError, RequestCancelled
+from closeup.fields import FIELD_BY_NAME
+from closeup.graph import Outcome, generate
+from closeup.images import encode_image
+from closeup.info import build_info, picture_parameters
+from closeup.lora_store import known_lora_id
+from closeup.repository import Repository
+from closeup.request import Limits, Request, parse_options, resolve_request
+from closeup.run import Array, Progress, Run, text_tensor
+from closeup.settings import read_settings
+from closeup.triton_glue import (
+    Reply,
+    TritonModels,
+    Watchdog,
+    configure_logging,
+    request_inputs,
+)
+
+log = logging.getLogger(__name__)
+
+WATCHDOG_MARGIN_S = 30.0
+
+
+class GenerateModel:
+    """A Triton Python model; `streaming` says which of the two."""
+
+    streaming = False
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Read the repository and start the event loop that runs the requests."""
+        configure_logging()
+        self._settings = read_settings()
+        self._repository = Repository(Path(args["model_repository"]).parent)
+        self._models = TritonModels()
+        self._watchdog = Watchdog()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="graph", daemon=True)
+        self._thread.start()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Start every request; answers come later."""
+        for request in requests:
+            limit_s = self._settings.request_timeout_s + WATCHDOG_MARGIN_S
+            reply = self._watchdog.guard(Reply(request, limit_s))
+            try:
+                inputs = request_inputs(request)
+                parameters = json.loads(request.parameters() or "{}")
+            except BaseException as error:
+                reply.fail(error)
+                continue
+            asyncio.run_coroutine_threadsafe(self._serve(inputs, parameters, reply), self._loop)
+
+    def finalize(self) -> None:
+        """Answer what is still open and stop the loop."""
+        self._watchdog.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+
+    async def _serve(
+        self, inputs: dict[str, Array], parameters: Mapping[str, Any], reply: Reply
+    ) -> None:
+        try:
+            request = await asyncio.to_thread(self._resolve, inputs, parameters)
+            run = self._start_run(request, reply)
+            tokenizer = self._repository.tokenizer(request.model)
+            outcome = await generate(
+                run, tokenizer=tokenizer, upscaler=self._repository.upscaler
+            )
+            run.check()
+            reply.finish(await asyncio.to_thread(self._answer, run, outcome))
+        except BaseException as error:
+            reply.fail(error)
+
+    def _resolve(self, inputs: dict[str, Array], parameters: Mapping[str, Any]) -> Request:
+        values = {
+            name: array.reshape(-1)[0] for name, array in inputs.items() if name in FIELD_BY_NAME
+        }
+        repository = self._repository
+        lora_dir = self._settings.lora_dir
+        return resolve_request(
+            parse_options(values, parameters),
+            models=repository.models(),
+            known_lora=lambda name: known_lora_id(lora_dir, name),
+            has_upscaler=repository.upscaler is not None,
+            has_face_detector=repository.face_detector is not None,
+            limits=Limits(max_pixels=self._settings.max_pixels),
+            streaming=self.streaming,
+        )
+
+    def _start_run(self, request: Request, reply: Reply) -> Run:
+        due_s = time.monotonic() + self._settings.request_timeout_s
+
+        def check() -> None:
+            if reply.cancelled or reply.closed:
+                raise RequestCancelled("the client cancelled the request or went away.")
+            if time.monotonic() > due_s:
+                raise DeadlineError(
+                    "the request ran past the server's limit of "
+                    f"{self._settings.request_timeout_s:g} s; ask for less or raise the limit."
+                )
+
+        def report(progress: Progress) -> None:
+            # Sending is also how this Triton notices that a client has closed its stream.
+            if self.streaming:
+                reply.send_event(_event(progress))
+
+        return Run(
+            request=request,
+            models=self._models,
+            check=check,
+            report=report,
+            segment_steps=self._settings.segment_steps,
+            warnings=list(request.warnings),
+        )
+
+    def _answer(self, run: Run, outcome: Outcome) -> dict[str, Array]:
+        request = run.request
+        with run.stage("files", len(outcome.pictures)):
+            files = [
+                encode_image(
+                    pixels,
+                    format=request.image_format,
+                    quality=request.image_quality,
+                    metadata=picture_parameters(request, seed),
+                )
+                for pixels, seed in zip(outcome.pictures, request.seeds, strict=True)
+            ]
+            stage_files = [
+                encode_image(pixels, format="png", quality=100, metadata={})
+                for pictures in outcome.stages.values()
+                for pixels in pictures
+            ]
+        request_id = uuid.uuid4().hex[:12]
+        info = build_info(run, outcome, request_id)
+        _log_request(request_id, run)
+        outputs = {
+            "image": _file_tensor(files, request.raw),
+            "info": text_tensor(json.dumps(info)),
+        }
+        if request.stages:
+            outputs["stage_image"] = _file_tensor(stage_files, request.raw)
+        if self.streaming:
+            outputs["event"] = text_tensor(json.dumps({"type": "result"}))
+        return outputs
+
+
+def _file_tensor(files: list[bytes], raw: bool) -> Array:
+    return np.array(files if raw else [base64.b64encode(data) for data in files], np.object_)
+
+
+def _event(progress: Progress) -> dict[str, Array]:
+    event = {
+        "type": "progress",
+        "stage": progress.stage,
+        "step": progress.step,
+        "steps": progress.steps,
+        "elapsed_s": round(progress.elapsed_s, 3),
+        "eta_s": None if progress.eta_s is None else round(progress.eta_s, 3),
+        "image": progress.image,
+    }
+    outputs = {"event": text_tensor(json.dumps(event))}
+    if progress.preview is not None:
+        outputs["preview"] = np.array([base64.b64encode(progress.preview)], np.object_)
+    return outputs
+
+
+def _log_request(request_id: str, run: Run) -> None:
+    request = run.request
+    stages = ", ".join(f"{name} {ms:.0f}" for name, ms in run.timings_ms.items())
+    log.info(
+        "request %s: %s, %d x %dx%d, %d steps, seed %d, ms: %s",
+        request_id, request.model.name, request.num_images, request.width, request.height,
+        request.steps, request.seed, stages,
+    )  # fmt: skip

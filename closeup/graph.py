@@ -1,0 +1,271 @@
+"""The whole pipeline: one request in, finished pictures out.
+
+``generate`` is the order of things; each stage is a plain function over all pictures of the
+request, so that they share engine calls. Nothing here knows Triton: models are reached through
+`closeup.run.Models`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from closeup.diffuse import (
+    Floats,
+    context_rows,
+    decode_latents,
+    denoise,
+    encode_picture,
+    encode_prompts,
+    sample_posterior,
+)
+from closeup.face_pass import FaceReport, inpaint_faces
+from closeup.images import floats_from_pixels, pixels_from_floats
+from closeup.manifest import UpscalerManifest
+from closeup.noise import TorchNormal
+from closeup.request import Mode, Request
+from closeup.run import Array, Run, together
+from closeup.samplers import StepTable, build_step_table
+from closeup.tokens import PromptTokenizer
+from closeup.upscale import count_tiles, sr_factor, super_resolve
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conditioning:
+    """Encoded prompts, each (L, D) float32."""
+
+    negative: Floats
+    prompt: Floats
+    face_prompt: Floats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a request came to.
+
+    Attributes:
+        pictures: one a seed, uint8 (H, W, 3).
+        faces: for each picture, a report per face found; empty without a face pass.
+        stages: stage name -> the pictures as that stage left them, when asked for.
+    """
+
+    pictures: list[Pixels]
+    faces: list[list[FaceReport]]
+    stages: dict[str, list[Pixels]] = field(default_factory=dict)
+
+
+async def generate(
+    run: Run, *, tokenizer: PromptTokenizer, upscaler: UpscalerManifest | None
+) -> Outcome:
+    """Run a request from prompt to finished pictures.
+
+    Args:
+        run: the request and what runs it.
+        tokenizer: of the request's model.
+        upscaler: of the repository; needed for super-resolution.
+
+    Raises:
+        CloseupError: cancelled, past its deadline, no slot, or a model failed.
+    """
+    request = run.request
+    stages: dict[str, list[Pixels]] = {}
+    faces: list[list[FaceReport]] = [[] for _ in request.seeds]
+    async with run.admitted():
+        conditioning = await encode(run, tokenizer)
+        pictures = await paint(run, conditioning)
+        keep_stage(request, stages, "generated", pictures)
+        if request.super_resolution:
+            assert upscaler is not None
+            pictures = await super_resolve_all(run, pictures, upscaler)
+            keep_stage(request, stages, "super_resolution", pictures)
+        if request.hires_fix:
+            pictures = await repaint_lightly(run, pictures, conditioning)
+            keep_stage(request, stages, "hires_fix", pictures)
+        pixels = [pixels_from_floats(picture) for picture in pictures]
+        if request.inpaint_faces:
+            pixels, faces = await inpaint_faces(
+                run,
+                pixels,
+                context=context_rows(run, conditioning.negative, conditioning.face_prompt),
+            )
+    return Outcome(pictures=pixels, faces=faces, stages=stages)
+
+
+async def encode(run: Run, tokenizer: PromptTokenizer) -> Conditioning:
+    """Encode the negative prompt, the prompt and the face prompt in one call."""
+    request = run.request
+    prompts = [request.negative_prompt, request.prompt]
+    if request.inpaint_faces:
+        prompts.append(request.face_prompt)
+    with run.stage("encode", 1):
+        states = await encode_prompts(run, tokenizer, prompts)
+        run.advance(1)
+    return Conditioning(negative=states[0], prompt=states[1], face_prompt=states[-1])
+
+
+async def paint(run: Run, conditioning: Conditioning) -> list[Floats]:
+    """Generate the pictures (H, W, 3) in [0, 1], or take the input as it is."""
+    request = run.request
+    if request.mode is Mode.UPSCALE or (request.image is not None and request.strength == 0):
+        assert request.image is not None
+        return [floats_from_pixels(request.image)] * request.num_images
+    strength = None if request.mode is Mode.TEXT else request.strength
+    table = build_step_table(
+        request.scheduler, request.model.scheduler, request.steps, strength=strength
+    )
+    if len(table.timesteps) == 0:
+        assert request.image is not None
+        run.warnings.append("denoising_strength times steps is below one step: nothing was done.")
+        return [floats_from_pixels(request.image)] * request.num_images
+    context = context_rows(run, conditioning.negative, conditioning.prompt)
+    with run.stage("generate", len(table.timesteps) * request.num_images):
+        moments = None
+        if request.image is not None:
+            moments = await encode_picture(run, floats_from_pixels(request.image))
+        return await together(
+            run,
+            [
+                _paint_one(run, index, TorchNormal(seed), table, context, moments)
+                for index, seed in enumerate(request.seeds)
+            ],
+        )
+
+
+async def _paint_one(
+    run: Run,
+    image: int,
+    stream: TorchNormal,
+    table: StepTable,
+    context: Floats,
+    moments: tuple[Floats, Floats] | None,
+) -> Floats:
+    """One picture; the order of the draws from `stream` is that of the diffusers pipelines."""
+    request = run.request
+    shape = latent_shape(request, request.height, request.width)
+    inpainting: Mapping[str, Any] = {}
+    if moments is None:
+        sample = table.init[1] * stream.randn(shape)
+    else:
+        known = sample_posterior(run, moments, stream)
+        noise = stream.randn(shape)
+        sample = table.init[0] * known + table.init[1] * noise
+        if request.mask is not None:
+            stream.randn(shape)  # diffusers also draws a posterior of the masked picture
+            mask = latent_mask(request.mask, shape[1:])
+            inpainting = {"mask": mask, "known": known, "known_noise": noise}
+            if request.strength == 1:
+                sample = table.init_noise_sigma * noise  # as text-to-image starts
+    latents = await denoise(
+        run,
+        sample=np.asarray(sample, np.float32),
+        context=context,
+        table=table,
+        stream=stream,
+        image=image,
+        **inpainting,
+    )
+    run.count("inference_cycles")
+    return await decode_latents(run, latents)
+
+
+def latent_shape(request: Request, height: int, width: int) -> tuple[int, int, int]:
+    """Return (C, h, w) of a picture's latents."""
+    scale = request.model.vae_scale_factor
+    return request.model.facts.latent_channels, height // scale, width // scale
+
+
+def latent_mask(mask: Pixels, shape: tuple[int, ...]) -> Floats:
+    """Return the mask (1, 1, h, w) in {0, 1}: thresholded at one half, nearest neighbour.
+
+    Source: diffusers, StableDiffusionInpaintPipeline.prepare_mask_latents.
+    """
+    rows, columns = (
+        np.arange(side) * full // side for side, full in zip(shape, mask.shape, strict=True)
+    )
+    repainted = mask[np.ix_(rows, columns)].astype(np.float32) / 255 >= 0.5
+    return repainted.astype(np.float32)[None, None]
+
+
+async def super_resolve_all(
+    run: Run, pictures: list[Floats], upscaler: UpscalerManifest
+) -> list[Floats]:
+    """Enlarge the pictures, tile by tile."""
+
+    async def infer_tiles(tiles: Floats) -> Floats:
+        outputs = await run.infer("upscaler", {"image": tiles}, ["upscaled"])
+        run.advance(len(tiles))
+        return np.asarray(outputs["upscaled"], np.float32)
+
+    height, width = pictures[0].shape[:2]
+    tiles = count_tiles(height, width, tile=upscaler.tile_px, overlap=upscaler.overlap_px)
+    with run.stage("super_resolution", tiles * len(pictures)):
+        return await together(
+            run,
+            [
+                super_resolve(
+                    picture,
+                    infer=infer_tiles,
+                    scale=upscaler.scale,
+                    factor=sr_factor(height, width),
+                    tile=upscaler.tile_px,
+                    overlap=upscaler.overlap_px,
+                    max_batch=upscaler.max_batch,
+                )
+                for picture in pictures
+            ],
+        )
+
+
+async def repaint_lightly(
+    run: Run, pictures: list[Floats], conditioning: Conditioning
+) -> list[Floats]:
+    """`hires_fix`: image-to-image over the whole enlarged picture at low strength."""
+    request = run.request
+    table = build_step_table(
+        request.scheduler, request.model.scheduler, request.steps, strength=request.hires_strength
+    )
+    if len(table.timesteps) == 0:
+        run.warnings.append("hires_denoising_strength times steps is below one step.")
+        return pictures
+    context = context_rows(run, conditioning.negative, conditioning.prompt)
+
+    async def repaint_one(image: int, picture: Floats, seed: int) -> Floats:
+        stream = TorchNormal(seed)
+        known = sample_posterior(run, await encode_picture(run, picture), stream)
+        sample = table.init[0] * known + table.init[1] * stream.randn(known.shape)
+        latents = await denoise(
+            run,
+            sample=np.asarray(sample, np.float32),
+            context=context,
+            table=table,
+            stream=stream,
+            image=image,
+        )
+        run.count("inference_cycles")
+        return await decode_latents(run, latents)
+
+    with run.stage("hires_fix", len(table.timesteps) * len(pictures)):
+        return await together(
+            run,
+            [
+                repaint_one(index, picture, seed)
+                for index, (picture, seed) in enumerate(zip(pictures, request.seeds, strict=True))
+            ],
+        )
+
+
+def keep_stage(
+    request: Request, stages: dict[str, list[Pixels]], name: str, pictures: list[Floats]
+) -> None:
+    """Keep the pictures of a stage if the request wants them."""
+    if request.stages:
+        stages[name] = [pixels_from_floats(picture) for picture in pictures]
+
+
+__all__ = ["Array", "Conditioning", "Outcome", "generate"]

@@ -1,0 +1,126 @@
+"""The server's one limit on work in flight, and the LoRAs a request keeps resident."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from closeup.errors import ModelError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    slots: int
+    lora_row: int
+    granted_s: float
+
+
+class TicketDesk:
+    """Grants tickets while there are slots; every ticket must be released.
+
+    A ticket whose holder died is taken back after its lease, so that no slot is lost for ever.
+
+    Args:
+        capacity: slots in all; a picture takes one.
+        lease_s: seconds after which a ticket is taken back.
+        acquire_row: makes LoRAs [(id, weight), ...] resident and returns (bank row, warnings);
+            may raise RequestError or UnavailableError.
+        release_row: gives a bank row back.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity: int,
+        lease_s: float,
+        acquire_row: Callable[[Sequence[tuple[str, float]]], tuple[int, list[str]]],
+        release_row: Callable[[int], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._capacity = capacity
+        self._lease_s = lease_s
+        self._acquire_row = acquire_row
+        self._release_row = release_row
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._tickets: dict[int, _Ticket] = {}
+        self._reserved = 0
+        self._numbers = itertools.count(1)
+
+    @property
+    def slots_in_use(self) -> int:
+        """Slots that tickets hold now."""
+        with self._lock:
+            return self._reserved
+
+    def acquire(self, slots: int, loras: Sequence[tuple[str, float]]) -> tuple[int, list[str]]:
+        """Take slots and make the LoRAs resident.
+
+        Args:
+            slots: wanted, at least 1.
+            loras: (id, weight) pairs; empty for none.
+
+        Returns:
+            The ticket's number, and sentences for the client.
+
+        Raises:
+            UnavailableError: not enough free slots or bank rows; nothing is held afterwards.
+            RequestError: a LoRA does not fit; nothing is held afterwards.
+        """
+        self._expire()
+        with self._lock:
+            if self._reserved + slots > self._capacity:
+                raise UnavailableError(
+                    f"{self._reserved} of {self._capacity} slots are taken and this request "
+                    f"needs {slots}; try again later."
+                )
+            self._reserved += slots
+        try:
+            row, warnings = self._acquire_row(loras) if loras else (0, [])
+        except BaseException:
+            with self._lock:
+                self._reserved -= slots
+            raise
+        with self._lock:
+            number = next(self._numbers)
+            self._tickets[number] = _Ticket(slots, row, self._clock())
+        return number, warnings
+
+    def lora_row(self, number: int) -> int:
+        """Return the bank row of a ticket's LoRAs, 0 for none.
+
+        Raises:
+            ModelError: no such ticket, or its lease has ended.
+        """
+        with self._lock:
+            if number not in self._tickets:
+                raise ModelError(f"the denoiser knows no ticket {number}; its lease has ended.")
+            return self._tickets[number].lora_row
+
+    def release(self, number: int) -> None:
+        """Give a ticket back; one that is unknown (its lease ended) is ignored."""
+        with self._lock:
+            ticket = self._tickets.pop(number, None)
+            if ticket is None:
+                return
+            self._reserved -= ticket.slots
+        if ticket.lora_row:
+            self._release_row(ticket.lora_row)
+
+    def _expire(self) -> None:
+        now_s = self._clock()
+        with self._lock:
+            late = [
+                number
+                for number, ticket in self._tickets.items()
+                if now_s - ticket.granted_s > self._lease_s
+            ]
+        for number in late:
+            log.warning("ticket %d was held past its lease of %g s", number, self._lease_s)
+            self.release(number)

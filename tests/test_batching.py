@@ -1,0 +1,228 @@
+"""Step-level batching: sharing, isolation, fairness, failure."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from numpy_engine import run_numpy_engine
+
+from closeup.batching import Segment, SegmentResult, StepBatcher
+from closeup.errors import ModelError, UnavailableError
+
+Array = npt.NDArray[Any]
+
+# Every operation of the toy engine is elementwise per row except the einsum over five columns,
+# whose order of summation does not depend on the batch: equal to the last bit or nearly.
+SAME = {"rtol": 1e-6, "atol": 1e-6}
+
+
+class TwoLoras:
+    """A bank of three rows: none, a mild adapter, one that overflows."""
+
+    def __init__(self) -> None:
+        self.bank = np.zeros((3, 4, 2), np.float32)
+        self.bank[1] = 0.01
+        self.bank[2] = 3e38
+
+    def array(self, rows: Sequence[int]) -> Array:
+        return self.bank
+
+
+class GatedEngine:
+    """The toy engine, held back until `gate` opens; remembers its batches."""
+
+    def __init__(self, *, open_at_once: bool = True) -> None:
+        self.gate = threading.Event()
+        self.batches: list[int] = []
+        self.starts: list[float] = []
+        self.fail_above: int | None = None
+        if open_at_once:
+            self.gate.set()
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        self.gate.wait(5)
+        self.batches.append(len(feeds["sample"]))
+        if self.fail_above is not None and len(feeds["sample"]) > self.fail_above:
+            raise RuntimeError("out of memory")
+        time.sleep(0.005)
+        return run_numpy_engine(feeds)
+
+
+@contextmanager
+def batcher(engine: GatedEngine, max_batch: int = 8) -> Iterator[StepBatcher]:
+    made = StepBatcher(engine.run, max_batch=max_batch, loras=TwoLoras())
+    try:
+        yield made
+    finally:
+        engine.gate.set()
+        made.close()
+
+
+def segment(seed: int, *, steps: int = 4, rows: int = 2, side: int = 4, lora_row: int = 0,
+            masked: bool = False) -> Segment:  # fmt: skip
+    r = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> Array:
+        return r.normal(size=shape).astype(np.float32)
+
+    inpainting: dict[str, Any] = {}
+    if masked:
+        inpainting = {
+            "mask": r.random((steps, 1, side, side), np.float32),
+            "known": normal(3, side, side),
+            "known_noise": normal(3, side, side),
+            "known_step": normal(steps, 2),
+        }
+    return Segment(
+        sample=normal(3, side, side),
+        memory=normal(2, 3, side, side),
+        context=normal(rows, 5, 6),
+        guidance=float(r.uniform(1, 9)),
+        timestep=r.uniform(0, 999, steps).astype(np.float32),
+        input_scale=r.uniform(0.2, 1, steps).astype(np.float32),
+        step=0.4 * normal(steps, 3, 5),
+        noise=normal(steps, 3, side, side) if seed % 2 else None,
+        lora_row=lora_row,
+        **inpainting,
+    )
+
+
+def alone(one: Segment) -> SegmentResult:
+    engine = GatedEngine()
+    with batcher(engine) as made:
+        return made.submit(one).result(10)
+
+
+def by_hand(one: Segment) -> tuple[Array, Array]:
+    """The segment worked step by step without the batcher or its feeds."""
+    sample, memory = one.sample, one.memory
+    for k in range(len(one.timestep)):
+        noise = np.zeros_like(sample) if one.noise is None else one.noise[k]
+        feeds = {
+            "sample": sample[None], "memory": memory[None], "noise": noise[None],
+            "known": np.zeros_like(sample)[None] if one.known is None else one.known[None],
+            "known_noise": np.zeros_like(sample)[None] if one.known_noise is None
+            else one.known_noise[None],
+            "mask": np.ones((1, 1, *sample.shape[1:])) if one.mask is None else one.mask[k][None],
+            "rows": np.zeros(len(one.context), np.int64),
+            "timestep": np.full(len(one.context), one.timestep[k]),
+            "context": one.context,
+            "pick": np.array([[1, 0]] if len(one.context) == 2 else [[0, 0]]),
+            "guidance": np.array([[one.guidance, 1 - one.guidance]] if len(one.context) == 2
+                                 else [[1.0, 0.0]], np.float32),
+            "input_scale": one.input_scale[k : k + 1],
+            "step": one.step[k][None],
+            "known_step": np.zeros((1, 2)) if one.known_step is None else one.known_step[k][None],
+            "lora": TwoLoras().bank,
+            "lora_row": np.full(len(one.context), one.lora_row),
+        }  # fmt: skip
+        out = run_numpy_engine(feeds)
+        sample, memory = out["next_sample"][0], out["next_memory"][0]
+    return sample, memory
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_segment_equals_its_steps_worked_by_hand(rows: int, masked: bool) -> None:
+    one = segment(3, rows=rows, masked=masked)
+    result = alone(one)
+    sample, memory = by_hand(one)
+    np.testing.assert_allclose(result.sample, sample, **SAME)
+    np.testing.assert_allclose(result.memory, memory, **SAME)
+    assert np.abs(sample).max() > 0.01  # the comparison is not between zeros
+    short = by_hand(segment(3, rows=rows, masked=masked, steps=3))[0]
+    assert not np.allclose(result.sample, short, **SAME)  # one step too few is noticed
+
+
+def test_sequences_share_calls_and_keep_their_results_when_they_arrive_at_different_times() -> None:
+    segments = [segment(seed, steps=6, rows=1 + seed % 2, masked=seed == 2) for seed in range(4)]
+    engine = GatedEngine()
+    with batcher(engine) as made:
+        futures = []
+        for one in segments:
+            futures.append(made.submit(one))
+            time.sleep(0.008)  # later than the tick before it began
+        results = [future.result(10) for future in futures]
+        counters = made.counters
+    assert counters.sequence_steps == 24
+    assert counters.engine_calls < 24
+    assert counters.largest_batch >= 2
+    for one, result in zip(segments, results, strict=True):
+        np.testing.assert_allclose(result.sample, alone(one).sample, **SAME)
+
+
+def test_mates_are_unchanged_when_a_lora_drives_one_sequence_to_nan() -> None:
+    healthy, sick = segment(1, lora_row=1), segment(5, lora_row=2)
+    engine = GatedEngine(open_at_once=False)
+    with batcher(engine) as made:
+        futures = [made.submit(one) for one in (sick, healthy)]
+        engine.gate.set()
+        with pytest.raises(ModelError, match="no longer finite after step 1"):
+            futures[0].result(10)
+        result = futures[1].result(10)
+        assert made.counters.failed_sequences == 1
+    assert 2 in engine.batches  # they did share a call
+    np.testing.assert_array_equal(result.sample, alone(healthy).sample)
+
+
+def test_newcomer_steps_within_two_ticks_when_the_batch_is_full() -> None:
+    engine = GatedEngine()
+    with batcher(engine, max_batch=2) as made:
+        busy = [made.submit(segment(seed, steps=30)) for seed in range(4)]
+        while made.counters.engine_calls < 5:
+            time.sleep(0.001)
+        before = made.counters.engine_calls
+        made.submit(segment(9, steps=1)).result(10)
+        assert made.counters.engine_calls - before <= 3  # two whole ticks and the one under way
+        for future in busy:
+            future.result(10)
+
+
+def test_groups_take_turns_when_shapes_differ() -> None:
+    engine = GatedEngine()
+    with batcher(engine) as made:
+        long = made.submit(segment(1, steps=60, side=4))
+        short = made.submit(segment(2, steps=3, side=8))
+        short.result(10)
+        assert not long.done()
+        long.result(10)
+    assert set(engine.batches) == {1}
+
+
+def test_each_sequence_runs_alone_when_the_shared_call_fails() -> None:
+    engine = GatedEngine(open_at_once=False)
+    engine.fail_above = 1
+    with batcher(engine) as made:
+        futures = [made.submit(segment(seed)) for seed in range(3)]
+        engine.gate.set()
+        for seed, future in enumerate(futures):
+            np.testing.assert_allclose(
+                future.result(10).sample, alone(segment(seed)).sample, **SAME
+            )
+
+
+def test_submit_is_refused_when_closed() -> None:
+    engine = GatedEngine()
+    with batcher(engine) as made:
+        pass
+    with pytest.raises(UnavailableError, match="shutting down"):
+        made.submit(segment(1))
+
+
+def test_sequence_leaves_when_its_future_is_cancelled() -> None:
+    engine = GatedEngine()
+    with batcher(engine) as made:
+        doomed = made.submit(segment(1, steps=10_000))
+        other = made.submit(segment(2, steps=20))
+        assert doomed.cancel()
+        other.result(10)
+        calls = made.counters.engine_calls
+        time.sleep(0.05)
+        assert made.counters.engine_calls == calls

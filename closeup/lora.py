@@ -1,0 +1,383 @@
+"""LoRA files to the rows of the denoiser's bank, and sums of several LoRAs.
+
+A LoRA adds ``(alpha / rank) B A`` to a layer's weight. In the bank a layer owns ``in`` rows of
+``A`` transposed and ``out`` rows of ``B``, each r wide (see `closeup.manifest.LoraLayout`). The
+sum of several LoRAs is their concatenation along the rank, since
+``w1 B1 A1 + w2 B2 A2 = [w1 B1, w2 B2] [A1; A2]``; what is wider than the engine allows is replaced
+by its best approximation of that rank.
+
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1; Eckart
+and Young 1936 for the approximation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
+
+from closeup.errors import RequestError
+from closeup.lora_files import FileError, StoredTensor, StoredTensors, read_safetensors
+from closeup.lora_keys import LayerNames, ModuleKeys, group_keys
+from closeup.manifest import LoraLayer, LoraLayout
+
+Floats = npt.NDArray[np.float32]
+
+_ADAPTER_METADATA = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LoraWeights:
+    """One LoRA, or a sum of several, laid out for the bank.
+
+    Attributes:
+        name: for messages.
+        rows: (M, r) float32, r >= 1; alpha, rank and weight are folded into the rows of B.
+        ranks: columns that each layer of the layout really uses, 0 for layers it leaves alone.
+        text_encoder_modules: modules of text encoders in the file, which were ignored.
+        warnings: sentences for the user.
+    """
+
+    name: str
+    rows: Floats
+    ranks: tuple[int, ...]
+    text_encoder_modules: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """r, the width of `rows`."""
+        return int(self.rows.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Factors:
+    """``up @ down.T`` for one layer: down (in, r), up (out, r), float32."""
+
+    down: Floats
+    up: Floats
+
+    @property
+    def rank(self) -> int:
+        return int(self.down.shape[1])
+
+
+def read_lora(path: Path, layout: LoraLayout, *, name: str | None = None) -> LoraWeights:
+    """Read a LoRA file for the model that ``layout`` belongs to.
+
+    Scale per layer: the file's ``alpha`` over its rank; without one, what the header's
+    ``lora_adapter_metadata`` (diffusers, PEFT) says; without that, 1.
+
+    Args:
+        path: a safetensors file in PEFT, diffusers or kohya style, F32, F16, BF16 or F64.
+        layout: of the model's bank.
+        name: what messages call it; the file's name when None.
+
+    Returns:
+        The rows, as wide as the file's largest rank but at most ``layout.max_rank``; a wider file
+        is approximated, with a warning that states the relative error.
+
+    Raises:
+        RequestError: the file is damaged, no plain LoRA, holds values that are not finite, or was
+            made for another model; the sentence names the first offending layer.
+    """
+    name = path.stem if name is None else name
+    try:
+        return _weights_from_stored(name, read_safetensors(path), layout)
+    except FileError as error:
+        raise RequestError({"prompt": f"the LoRA {name!r} {error}"}) from error
+
+
+def combine_loras(
+    parts: Sequence[tuple[LoraWeights, float]], layout: LoraLayout, max_rank: int | None = None
+) -> LoraWeights:
+    """Add up weighted LoRAs.
+
+    Args:
+        parts: LoRAs of this layout with their weights; those of weight 0 are left out.
+        layout: of the bank.
+        max_rank: width of the result at most; the layout's when None.
+
+    Returns:
+        The sum. With one LoRA of weight 1 its rows are shared, not copied. The warnings of all
+        parts, and one with the relative error when the sum was approximated.
+    """
+    limit = layout.max_rank if max_rank is None else max_rank
+    used = [(lora, weight) for lora, weight in parts if weight != 0]
+    warnings = tuple(warning for lora, _ in used for warning in lora.warnings)
+    name = " + ".join(lora.name for lora, _ in used)
+    if len(used) == 1 and used[0][0].rank <= limit:
+        lora, weight = used[0]
+        return LoraWeights(name=name, rows=_scaled(lora.rows, weight, layout), ranks=lora.ranks,
+                           warnings=warnings)  # fmt: skip
+    factors = _concatenated(used, layout)
+    return _packed(name, factors, layout, limit, warnings=warnings)
+
+
+def zero_rows(layout: LoraLayout, rank: int = 1) -> Floats:
+    """Return (M, rank) zeros: the adapter that changes nothing."""
+    return np.zeros((layout.rows, rank), np.float32)
+
+
+def layer_starts(layout: LoraLayout) -> npt.NDArray[np.int64]:
+    """Return (2n,) int64: the first row of A and of B of each layer, in bank order."""
+    sizes = [size for layer in layout.layers for size in (layer.in_features, layer.out_features)]
+    return np.cumsum([0, *sizes[:-1]], dtype=np.int64)
+
+
+def balanced_rows(rows: Floats, layout: LoraLayout) -> Floats:
+    """Return the same LoRA with A and B of equal size, for a bank of float16.
+
+    The scale folded into B often makes its values subnormal in half precision. Every column of A
+    is multiplied with a power of two, that of B divided by it, so that their largest values come
+    within a factor of two: exact, and the product stays the same.
+
+    Args:
+        rows: (M, r) float32.
+        layout: of the bank.
+    """
+    starts = layer_starts(layout)
+    peaks = np.maximum.reduceat(np.abs(rows), starts, axis=0).reshape(-1, 2, rows.shape[1])
+    down, up = peaks[:, 0], peaks[:, 1]
+    both = (down > 0) & (up > 0)
+    ratio = np.log2(np.where(both, up, 1)) - np.log2(np.where(both, down, 1))
+    shift = np.round(ratio / 2).astype(np.int32)
+    shifts = np.stack([shift, -shift], 1).reshape(len(starts), -1)
+    sizes = np.diff(np.append(starts, len(rows)))
+    return np.ldexp(rows, np.repeat(shifts, sizes, axis=0))
+
+
+def _weights_from_stored(name: str, stored: StoredTensors, layout: LoraLayout) -> LoraWeights:
+    grouped = group_keys(stored.tensors)
+    names = LayerNames(layout.layers)
+    scales = _Scales.from_metadata(stored.metadata)
+    factors: dict[int, _Factors] = {}
+    for keys in grouped.denoiser:
+        tensors = stored.tensors[str(keys.down)], stored.tensors[str(keys.up)]
+        _check_pointwise(keys.module, *tensors)
+        place = names.find(keys.module)
+        if place is None:
+            inner, outer = tensors[0].shape[1], tensors[1].shape[0]
+            raise FileError(
+                f"was made for another model: its layer {keys.module} ({inner} to {outer} "
+                "features) is not one of those that this model adapts."
+            )
+        if place in factors:
+            raise FileError(f"adapts the layer {layout.layers[place].name} twice.")
+        layer = layout.layers[place]
+        _check_sizes(layer, *tensors)
+        alpha = None if keys.alpha is None else _alpha(keys, stored.tensors[keys.alpha])
+        factors[place] = _layer_factors(layer, tensors, alpha, scales)
+    warnings: tuple[str, ...] = ()
+    if grouped.text_encoders:
+        count = len(grouped.text_encoders)
+        warnings = (f"LoRA {name!r}: its {count} text encoder layers are ignored.",)
+    return _packed(name, factors, layout, layout.max_rank, warnings=warnings,
+                   text_encoder_modules=len(grouped.text_encoders))  # fmt: skip
+
+
+def _check_pointwise(module: str, down: StoredTensor, up: StoredTensor) -> None:
+    for tensor in (down, up):
+        if len(tensor.shape) == 4 and tensor.shape[2:] != (1, 1):
+            height, width = tensor.shape[2:]
+            raise FileError(
+                f"adapts the {height}x{width} convolution {module} (LoCon), which this server "
+                "does not apply: retrain it without convolution layers."
+            )
+        if len(tensor.shape) not in (2, 4):
+            raise FileError(f"is damaged: {module} has a factor of shape {tensor.shape}.")
+    if down.shape[0] != up.shape[1] or down.shape[0] == 0:
+        raise FileError(
+            f"is damaged: the factors of {module} have ranks {down.shape[0]} and {up.shape[1]}."
+        )
+
+
+def _check_sizes(layer: LoraLayer, down: StoredTensor, up: StoredTensor) -> None:
+    given = down.shape[1], up.shape[0]
+    expected = layer.in_features, layer.out_features
+    if given != expected:
+        raise FileError(
+            f"was made for another model: its layer {layer.name} maps {given[0]} to {given[1]} "
+            f"features, this model's maps {expected[0]} to {expected[1]}."
+        )
+
+
+def _alpha(keys: ModuleKeys, tensor: StoredTensor) -> float:
+    values = tensor.floats().reshape(-1)
+    if len(values) != 1 or not np.isfinite(values[0]):
+        raise FileError(f"is damaged: the alpha of {keys.module} is not one finite number.")
+    return float(values[0])
+
+
+def _layer_factors(
+    layer: LoraLayer,
+    tensors: tuple[StoredTensor, StoredTensor],
+    alpha: float | None,
+    scales: _Scales,
+) -> _Factors:
+    rank = tensors[0].shape[0]
+    down = tensors[0].floats().reshape(rank, layer.in_features).T
+    up = tensors[1].floats().reshape(layer.out_features, rank)
+    if not (np.isfinite(down).all() and np.isfinite(up).all()):
+        raise FileError(f"is damaged: the layer {layer.name} holds values that are not finite.")
+    scale = scales.scale(layer.name, rank) if alpha is None else alpha / rank
+    with np.errstate(over="ignore"):  # an overflow shows in the picture of this LoRA alone
+        return _Factors(down=down, up=up * np.float32(scale))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scales:
+    """Scales of layers that have no alpha of their own, from the file's header.
+
+    Attributes:
+        alpha: of all layers; None when the header says nothing.
+        patterns: of single layers: whole names (``^name``) or their last parts.
+        rank_stabilised: whether to divide by the root of the rank.
+    """
+
+    alpha: float | None = None
+    patterns: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilised: bool = False
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> _Scales:
+        """Read what diffusers and PEFT write; anything else counts as nothing said."""
+        config = _adapter_config(metadata)
+        if config.get("use_dora"):
+            raise FileError("was trained as DoRA, which this server does not apply.")
+        alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern")
+        return cls(
+            alpha=float(alpha) if _is_number(alpha) else None,
+            patterns={
+                str(key): float(value) for key, value in patterns.items() if _is_number(value)
+            }
+            if isinstance(patterns, dict)
+            else {},
+            rank_stabilised=config.get("use_rslora") is True,
+        )
+
+    def scale(self, name: str, rank: int) -> float:
+        """Return alpha over rank (or its root) for the layer ``name`` of this rank."""
+        alpha = self.alpha
+        for pattern, value in self.patterns.items():
+            whole = pattern.removeprefix("^")
+            if name == whole or (whole == pattern and name.endswith("." + pattern)):
+                alpha = value
+                break
+        if alpha is None:
+            return 1.0
+        return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
+
+
+def _adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The denoiser's entries of the adapter metadata, without their prefix."""
+    try:
+        config = json.loads(metadata.get(_ADAPTER_METADATA, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(config, dict):
+        return {}
+    plain = {key: value for key, value in config.items() if "." not in key}
+    for prefix in ("unet.", "transformer."):
+        plain.update(
+            {key.removeprefix(prefix): value for key, value in config.items()
+             if key.startswith(prefix)}
+        )  # fmt: skip
+    return plain
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _packed(
+    name: str,
+    factors: Mapping[int, _Factors],
+    layout: LoraLayout,
+    limit: int,
+    *,
+    warnings: tuple[str, ...] = (),
+    text_encoder_modules: int = 0,
+) -> LoraWeights:
+    """Lay factors out as rows, approximating layers that are wider than ``limit``."""
+    widest = max((item.rank for item in factors.values()), default=1)
+    rows = zero_rows(layout, min(widest, limit))
+    ranks = [0] * len(layout.layers)
+    lost = total = 0.0
+    starts = layer_starts(layout)
+    for place, item in factors.items():
+        if widest > limit:
+            item, lost_here, total_here = _compressed(item, limit)
+            lost, total = lost + lost_here, total + total_here
+        layer, start = layout.layers[place], int(starts[2 * place])
+        middle = start + layer.in_features
+        rows[start:middle, : item.rank] = item.down
+        rows[middle : middle + layer.out_features, : item.rank] = item.up
+        ranks[place] = item.rank
+    if widest > limit:
+        error = math.sqrt(lost / total) if total else 0.0
+        warnings += (
+            f"LoRA {name!r}: rank {widest} was reduced to {limit}, the most this model takes; the "
+            f"relative error of its weights is {error:.3g}.",
+        )
+    return LoraWeights(name=name, rows=rows, ranks=tuple(ranks), warnings=warnings,
+                       text_encoder_modules=text_encoder_modules)  # fmt: skip
+
+
+def _compressed(item: _Factors, limit: int) -> tuple[_Factors, float, float]:
+    """Return the best approximation of rank ``limit`` and the squared norms lost and in all.
+
+    The singular values of ``B A`` are those of the small core ``R_B R_A^T`` of the factors' QR
+    decompositions, so nothing of the layer's full size is ever formed.
+    """
+    down = item.down.astype(np.float64)
+    up = np.nan_to_num(item.up).astype(np.float64)  # infinite after scaling: the largest float32
+    if item.rank <= limit:
+        return item, 0.0, float(np.sum((up.T @ up) * (down.T @ down)))
+    down_q, down_r = np.linalg.qr(down)
+    up_q, up_r = np.linalg.qr(up)
+    left, values, right = np.linalg.svd(up_r @ down_r.T)
+    total = float(np.sum(values**2))
+    count = min(limit, len(values))
+    root = np.sqrt(values[:count])
+    with np.errstate(over="ignore"):
+        kept = _Factors(
+            down=(down_q @ (right[:count].T * root)).astype(np.float32),
+            up=(up_q @ (left[:, :count] * root)).astype(np.float32),
+        )
+    return kept, float(np.sum(values[count:] ** 2)), total
+
+
+def _scaled(rows: Floats, weight: float, layout: LoraLayout) -> Floats:
+    if weight == 1:
+        return rows
+    starts = layer_starts(layout)
+    factors = np.tile(np.array([1, weight], np.float32), len(layout.layers))
+    sizes = np.diff(np.append(starts, len(rows)))
+    with np.errstate(over="ignore"):
+        return rows * np.repeat(factors, sizes)[:, None]
+
+
+def _concatenated(
+    parts: Sequence[tuple[LoraWeights, float]], layout: LoraLayout
+) -> dict[int, _Factors]:
+    starts = layer_starts(layout)
+    factors: dict[int, _Factors] = {}
+    for place, layer in enumerate(layout.layers):
+        here = [(lora, weight) for lora, weight in parts if lora.ranks[place]]
+        if not here:
+            continue
+        start = int(starts[2 * place])
+        middle, end = start + layer.in_features, start + layer.in_features + layer.out_features
+        with np.errstate(over="ignore"):
+            ups = [lora.rows[middle:end, : lora.ranks[place]] * np.float32(weight)
+                   for lora, weight in here]  # fmt: skip
+        downs = [lora.rows[start:middle, : lora.ranks[place]] for lora, _ in here]
+        factors[place] = _Factors(down=np.concatenate(downs, 1), up=np.concatenate(ups, 1))
+    return factors

@@ -1,0 +1,254 @@
+"""The resident LoRA vectors that the denoiser's engine gathers from.
+
+A row of the bank is one adapter: a LoRA with its weight, or a sum of several. Files are read and
+sums made before any lock of the bank is taken, and `LoraBank.array`, which every denoising step
+calls, takes no lock at all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from closeup.errors import UnavailableError
+from closeup.lora import Floats, LoraWeights, balanced_rows, combine_loras
+from closeup.lora_store import FileVersion, LoraStore
+from closeup.manifest import LoraLayout
+
+_RANK_STEP = 8
+
+Array = npt.NDArray[Any]
+_Key = tuple[tuple[str, FileVersion, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraLease:
+    """A row in use; give it back with `LoraBank.release`.
+
+    Attributes:
+        row: for the engine's ``lora_row``; 0 for no LoRA.
+        warnings: sentences for the user.
+    """
+
+    row: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BankCounters:
+    """State of the bank.
+
+    Attributes:
+        rows: rows for adapters, the zero row not counted.
+        resident: rows that hold one.
+        in_use: rows that a lease keeps.
+        hits: leases of an adapter that was resident.
+        misses: leases that had to load one.
+        array_bytes: size of the array; pages never written take no memory.
+    """
+
+    rows: int
+    resident: int
+    in_use: int
+    hits: int
+    misses: int
+    array_bytes: int
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Row:
+    key: _Key
+    row: int
+    leases: int = 1
+    rank: int = 0
+    warnings: tuple[str, ...] = ()
+    failure: BaseException | None = None
+    ready: threading.Event = field(default_factory=threading.Event)
+
+
+class LoraBank:
+    """A fixed number of resident adapters. Safe to use from several threads.
+
+    Args:
+        store: where LoRAs come from.
+        layout: of the engine's bank.
+        rows: adapters that may be resident at once, S - 1.
+        dtype: of the engine's input ``lora``: float32 or float16.
+    """
+
+    def __init__(
+        self,
+        store: LoraStore,
+        layout: LoraLayout,
+        *,
+        rows: int,
+        dtype: npt.DTypeLike = np.float32,
+    ) -> None:
+        if rows < 1:
+            raise ValueError(f"the LoRA bank needs 1 row or more, not {rows}")
+        self._store = store
+        self._layout = layout
+        self._dtype = np.dtype(dtype)
+        self._zero: Array = np.zeros((1, layout.rows, 1), self._dtype)
+        self._array: Array = np.zeros((rows + 1, layout.rows, self._width(1)), self._dtype)
+        self._free = list(range(rows, 0, -1))
+        self._by_key: OrderedDict[_Key, _Row] = OrderedDict()  # least recently used first
+        self._by_row: dict[int, _Row] = {}
+        self._hits = self._misses = 0
+        self._lock = threading.Lock()  # of the fields above but the arrays; held for moments
+        self._writing = threading.Lock()  # of the array's content and width
+
+    def acquire(self, loras: Sequence[tuple[str, float]]) -> LoraLease:
+        """Make a sum of LoRAs resident and keep it so until it is released.
+
+        May read files: call it outside the thread that runs denoising steps. Concurrent calls for
+        the same sum load it once. A file replaced on disk gets a new row; leases of the old one
+        keep what they have.
+
+        Args:
+            loras: ids and weights. Weights of a repeated id are added; the order is irrelevant.
+
+        Returns:
+            The row; row 0, which needs no loading, when every weight is 0.
+
+        Raises:
+            RequestError: unknown id or unusable file; no row is taken.
+            UnavailableError: all rows are in use.
+        """
+        key = self._key(loras)
+        if not key:
+            return LoraLease(row=0)
+        row, is_new = self._lease(key)
+        if is_new:
+            self._fill(row)
+        else:
+            row.ready.wait()
+            if row.failure is not None:
+                raise row.failure
+        return LoraLease(row=row.row, warnings=row.warnings)
+
+    def release(self, row: int) -> None:
+        """Give a lease back; the adapter stays resident until its row is needed.
+
+        Raises:
+            ValueError: no lease of this row is open.
+        """
+        if row == 0:
+            return
+        with self._lock:
+            entry = self._by_row.get(row)
+            if entry is None or entry.leases == 0:
+                raise ValueError(f"row {row} of the LoRA bank is not in use")
+            entry.leases -= 1
+            self._by_key.move_to_end(entry.key)
+
+    def array(self, rows: Sequence[int]) -> Array:
+        """Return the bank for a call that uses ``rows``: (S, M, r), or (1, M, 1) when all are 0.
+
+        Takes no lock. The array must not be changed; rows that are not leased may change while it
+        is read. r is the largest rank of a resident adapter, rounded up to a multiple of 8.
+        """
+        return self._array if any(rows) else self._zero
+
+    def counters(self) -> BankCounters:
+        """Return the state."""
+        with self._lock:
+            return BankCounters(
+                rows=len(self._array) - 1,
+                resident=len(self._by_row),
+                in_use=sum(row.leases > 0 for row in self._by_row.values()),
+                hits=self._hits,
+                misses=self._misses,
+                array_bytes=self._array.nbytes,
+            )
+
+    def _key(self, loras: Sequence[tuple[str, float]]) -> _Key:
+        weights: dict[str, float] = {}
+        for lora_id, weight in loras:
+            weights[lora_id] = weights.get(lora_id, 0.0) + weight
+        versions = {lora_id: self._store.version(lora_id) for lora_id in weights}
+        return tuple(
+            (lora_id, versions[lora_id], weight)
+            for lora_id, weight in sorted(weights.items())
+            if weight != 0
+        )
+
+    def _lease(self, key: _Key) -> tuple[_Row, bool]:
+        """Return the key's row with one more lease, and whether the caller must fill it."""
+        with self._lock:
+            row = self._by_key.get(key)
+            if row is not None:
+                row.leases += 1
+                self._hits += 1
+                return row, False
+            row = _Row(key=key, row=self._take_row())
+            self._by_key[key] = self._by_row[row.row] = row
+            self._misses += 1
+            return row, True
+
+    def _take_row(self) -> int:
+        if self._free:
+            return self._free.pop()
+        for row in self._by_key.values():
+            if row.leases == 0:
+                del self._by_key[row.key], self._by_row[row.row]
+                return row.row
+        raise UnavailableError(
+            f"all {len(self._by_row)} places for LoRAs are in use by running requests; try again "
+            "later."
+        )
+
+    def _fill(self, row: _Row) -> None:
+        try:
+            weights = combine_loras(
+                [(self._store.load(lora_id), weight) for lora_id, _, weight in row.key],
+                self._layout,
+            )
+            self._write(row, weights)
+        except BaseException as error:
+            with self._lock:
+                del self._by_key[row.key], self._by_row[row.row]
+                self._free.append(row.row)
+            row.failure = error
+            raise
+        finally:
+            row.ready.set()
+
+    def _write(self, row: _Row, weights: LoraWeights) -> None:
+        values = self._converted(weights.rows)
+        with self._writing:
+            row.rank, row.warnings = weights.rank, weights.warnings
+            self._fit_width()
+            target = self._array[row.row]
+            target[:, : row.rank] = values
+            target[:, row.rank :] = 0
+
+    def _fit_width(self) -> None:
+        """Make the array as wide as the widest resident adapter, or up to twice that."""
+        with self._lock:
+            resident = [row for row in self._by_row.values() if row.rank]
+        old = self._array
+        width = self._width(max(row.rank for row in resident))
+        if old.shape[2] >= width > old.shape[2] // 2:
+            return
+        new = np.zeros((*old.shape[:2], width), old.dtype)
+        for row in resident:
+            kept = min(row.rank, old.shape[2])
+            new[row.row, :, :kept] = old[row.row, :, :kept]
+        self._array = new  # readers have either the old array or the new one, both whole
+
+    def _width(self, rank: int) -> int:
+        """Round up to a multiple of 8, but not past the engine's largest rank."""
+        return min(-(-rank // _RANK_STEP) * _RANK_STEP, self._layout.max_rank)
+
+    def _converted(self, rows: Floats) -> Array:
+        if self._dtype == np.float32:
+            return rows
+        with np.errstate(over="ignore", under="ignore"):  # overflow: in this adapter's row alone
+            return balanced_rows(rows, self._layout).astype(self._dtype)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from closeup.errors import ModelError, RequestError
 
@@ -184,7 +184,7 @@ def _decoder_errors(field: str, data: bytes, max_pixels: int) -> Iterator[None]:
         raise _refused(
             field, f"declares {count} pixels", f"send a picture of at most {max_pixels:,} pixels"
         ) from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise _refused(
             field,
             f"holds {len(data):,} bytes that are no picture this server reads",

@@ -207,8 +207,9 @@ async def super_resolve(
             f"A network that enlarges by {scale} cannot give a factor of {factor}: "
             "expected one to divide the other."
         )
-    shape = fit_tile(*image.shape[:2], max_tile=tile, overlap=overlap) if fit else (tile, tile)
-    tiles = plan_tiles(*image.shape[:2], shape, overlap)
+    height, width = image.shape[:2]
+    shape = fit_tile(height, width, max_tile=tile, overlap=overlap) if fit else (tile, tile)
+    tiles = plan_tiles(height, width, shape, overlap)
     reached = min(scale, factor)
     enlarged = await _enlarge(image, tiles, infer, scale, reached, max_batch)
     if reached == factor:

@@ -10,11 +10,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from closeup.errors import ModelError
+
+Array: TypeAlias = npt.NDArray[Any]
 
 THREADS_VARIABLE = "CLOSEUP_THREADS"
 
@@ -112,7 +115,7 @@ class Engine(Protocol):
         """What ``run`` returns, in the graph's order."""
         ...
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once.
 
         Args:
@@ -153,7 +156,7 @@ def open_engine(path: Path, *, options: EngineOptions | None = None) -> Engine:
     raise ModelError(f"{path.name} is no engine; expected a name that ends in .onnx or .plan.")
 
 
-def check_feeds(model: str, specs: Sequence[TensorSpec], feeds: Mapping[str, np.ndarray]) -> None:
+def check_feeds(model: str, specs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> None:
     """Compare an engine's inputs with what it is fed.
 
     Args:
@@ -206,7 +209,7 @@ class OnnxEngine:
         """What ``run`` returns, in the graph's order."""
         return self._outputs
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; see :meth:`Engine.run`."""
         session = self._session
         if session is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from closeup.engines import Engine, TensorSpec
+from closeup.engines import Array, Engine, TensorSpec
 from closeup.errors import ModelError
 
 MODEL_FILE = "model.onnx"
@@ -86,6 +86,12 @@ def complete_config(config: Mapping[str, Any], engine: Engine) -> Completion:
             "first axis is fixed; set max_batch_size to 0 or export with a dynamic batch."
         )
     listed = {item["name"]: item for key in ("input", "output") for item in config.get(key, ())}
+    unknown = sorted(set(listed) - {spec.name for spec in tensors})
+    if unknown:
+        raise ModelError(
+            f"config.pbtxt lists a tensor {unknown[0]} that the graph does not have; it has "
+            f"{[spec.name for spec in tensors]}."
+        )
     full = any(
         spec.name in listed and len(listed[spec.name].get("dims", ())) == len(spec.shape)
         for spec in tensors
@@ -111,8 +117,8 @@ def _tensor(spec: TensorSpec, max_batch_size: int) -> dict[str, Any]:
 
 
 def run_requests(
-    engine: Engine, requests: Sequence[Mapping[str, np.ndarray]], *, batched: bool
-) -> list[dict[str, np.ndarray] | ModelError]:
+    engine: Engine, requests: Sequence[Mapping[str, Array]], *, batched: bool
+) -> list[dict[str, Array] | ModelError]:
     """Answer several requests with as few engine runs as their shapes allow.
 
     Requests whose inputs agree in dtype and in every axis but the first are joined along it.
@@ -130,7 +136,7 @@ def run_requests(
     for index, feeds in enumerate(requests):
         key = _batch_key(feeds) if batched else index
         groups.setdefault(index if key is None else key, []).append(index)
-    answers: dict[int, dict[str, np.ndarray] | ModelError] = {}
+    answers: dict[int, dict[str, Array] | ModelError] = {}
     for members in groups.values():
         answers.update(
             zip(members, _run_group(engine, [requests[i] for i in members]), strict=True)
@@ -138,7 +144,7 @@ def run_requests(
     return [answers[index] for index in range(len(requests))]
 
 
-def _batch_key(feeds: Mapping[str, np.ndarray]) -> tuple[Any, ...] | None:
+def _batch_key(feeds: Mapping[str, Array]) -> tuple[Any, ...] | None:
     """What must agree for requests to run together; None for one that can only run alone."""
     if any(not array.ndim for array in feeds.values()):
         return None
@@ -148,8 +154,8 @@ def _batch_key(feeds: Mapping[str, np.ndarray]) -> tuple[Any, ...] | None:
 
 
 def _run_group(
-    engine: Engine, members: Sequence[Mapping[str, np.ndarray]]
-) -> list[dict[str, np.ndarray] | ModelError]:
+    engine: Engine, members: Sequence[Mapping[str, Array]]
+) -> list[dict[str, Array] | ModelError]:
     if len(members) == 1:
         try:
             return [engine.run(members[0])]
@@ -169,7 +175,7 @@ def _run_group(
     ]
 
 
-def _check_split(outputs: Mapping[str, np.ndarray], rows: int) -> None:
+def _check_split(outputs: Mapping[str, Array], rows: int) -> None:
     for name, array in outputs.items():
         if not array.ndim or array.shape[0] != rows:
             raise ModelError(f"output {name} is {array.shape}; expected {rows} rows.")

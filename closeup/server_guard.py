@@ -74,9 +74,10 @@ def _stop_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
         time.sleep(0.01)
 
 
-def _wait(child: subprocess.Popen[bytes], asked: list[bool]) -> None:
+def _wait(child: subprocess.Popen[bytes], program: int, asked: list[bool]) -> None:
     """Return when the child has ended, the program has gone, or a signal asked to stop."""
-    while child.poll() is None and not asked:
+    # The parent's id is asked too: a process forked from the program may hold the pipe open.
+    while child.poll() is None and not asked and os.getppid() == program:
         readable, _, _ = select.select([sys.stdin], [], [], _POLL_S)
         if readable:
             return
@@ -92,6 +93,7 @@ def main(argument: str) -> int:
     Returns:
         The server's exit status, 128 + n when signal n ended it.
     """
+    program = os.getppid()
     job = json.loads(argument)
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -110,7 +112,7 @@ def main(argument: str) -> int:
         preexec_fn=_make_death_signal(libc),  # noqa: PLW1509 - one thread only
     )
     try:
-        _wait(child, asked)
+        _wait(child, program, asked)
     finally:
         _stop_group(child, float(job["grace_s"]))
         remove_shared_memory(job["region"])

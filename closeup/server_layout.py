@@ -89,7 +89,8 @@ def find_installation() -> Installation:
     """Find the files of the wheel nvidia-pytriton.
 
     Raises:
-        ServerError: the wheel is not installed or not complete, or there is no shared libpython.
+        ServerError: the wheel is not installed or not complete, there is no shared libpython, or
+            this Python cannot be found by the name ``python3``.
     """
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
@@ -104,6 +105,13 @@ def find_installation() -> Installation:
         libraries=package.parent / "nvidia_pytriton.libs",
         libpython=_find_libpython(version),
     )
+    # The stub finds its packages through the first python3 on PATH.
+    python3 = Path(sys.executable).parent / "python3"
+    if not python3.exists() or not python3.samefile(sys.executable):
+        raise ServerError(
+            f"There is no python3 beside {sys.executable}, by which the embedded server finds its "
+            "packages; run from a virtual environment (python -m venv)."
+        )
     for path in (installation.binary, installation.backend, installation.stub):
         if not path.exists():
             raise ServerError(f"The wheel nvidia-pytriton lacks {path.name}; {_INSTALL}")

@@ -75,6 +75,11 @@ def create_region() -> Region:
     return create_region()
 
 
+def region_exists(name: str) -> bool:
+    """Whether anything of a region is left."""
+    return (Path(tempfile.gettempdir()) / name).exists() or any(SHM.glob(f"{name}*"))
+
+
 def clear_dead_regions() -> list[str]:
     """Remove the files of every server of this user that has no living process.
 

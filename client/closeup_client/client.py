@@ -75,7 +75,7 @@ class Client:
         outputs = self._transport.infer(request.values, self.timeout_s)
         return result_from_outputs(outputs, encoding=request.encoding, face_pass=request.face_pass)
 
-    def stream(self, **fields: Any) -> Iterator[Progress | Result]:
+    def stream(self, **fields: Any) -> Generator[Progress | Result, None, None]:
         """Make pictures and watch: progress events, then the result as the last item.
 
         The fields are checked at once; the request is sent with the first ``next()``. Closing
@@ -87,7 +87,7 @@ class Client:
         request = wire.prepare(fields, json_stream=self.address.protocol == "http")
         return self._events(request)
 
-    def _events(self, request: wire.Prepared) -> Iterator[Progress | Result]:
+    def _events(self, request: wire.Prepared) -> Generator[Progress | Result, None, None]:
         done = False
         with contextlib.closing(self._transport.stream(request.values, self.timeout_s)) as answers:
             for outputs in answers:

@@ -1,0 +1,85 @@
+"""The short tables a finished request ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from closeup_client.progress import stage_title
+from closeup_client.result import Result
+from closeup_client.served import Served
+
+
+def print_result(console: Console, result: Result, files: Sequence[Path]) -> None:
+    """Stages with milliseconds, one row a face, files written, warnings."""
+    console.print(stage_table(result.info.get("timings_ms") or {}))
+    faces = [(i, face) for i in range(len(result.images)) for face in result.faces(i)]
+    if faces:
+        console.print(face_table(faces, several=len(result.images) > 1))
+    elif result.face_pass:
+        console.print("No faces were found.\n")
+    for path in files:
+        size = path.stat().st_size
+        console.print(
+            f"{escape(str(path))}  {size / 1024:.0f} KiB", highlight=False, soft_wrap=True
+        )
+    for warning in result.warnings:
+        console.print(f"warning: {escape(warning)}", style="yellow", soft_wrap=True)
+
+
+def stage_table(timings_ms: Mapping[str, float]) -> Table:
+    """Milliseconds of each stage, and their sum."""
+    table = _table("stage", ">ms")
+    for stage, ms in timings_ms.items():
+        table.add_row(escape(stage_title(stage)), f"{ms:.0f}")
+    table.add_section()
+    table.add_row("sum", f"{sum(timings_ms.values()):.0f}")
+    return table
+
+
+def face_table(faces: Sequence[tuple[int, Mapping[str, Any]]], *, several: bool) -> Table:
+    """One row a face; `several` says whether the picture's index is worth a column."""
+    heads = ["face", ">at", ">size", ">score", ">strength", "result"]
+    table = _table(*(["picture", *heads] if several else heads))
+    for image, face in faces:
+        x0, y0, x1, y1 = (float(edge) for edge in face["box"])
+        number = int(face.get("index", 0)) + 1
+        strength = face.get("strength")
+        done = [str(face[key]) for key in ("action", "reason") if face.get(key)]
+        cells = [
+            str(number),
+            f"{x0:.0f}, {y0:.0f}",
+            f"{x1 - x0:.0f} x {y1 - y0:.0f}",
+            f"{float(face.get('score') or 0):.2f}",
+            "" if strength is None else f"{float(strength):.2f}",
+            escape(": ".join(done)),
+        ]
+        table.add_row(*([str(image), *cells] if several else cells))
+    return table
+
+
+def served_table(served: Served) -> Table:
+    """Pipelines first, then the parts that all of them share."""
+    table = _table("name", "what", "state")
+    for model in served.pipelines:
+        text = model.state if model.ready else f"{model.state} {model.reason}".strip()
+        table.add_row(escape(model.name), "pipeline (request field model)", escape(text))
+    for name, state, use in (
+        ("upscaler", served.upscaler, "super_resolution"),
+        ("face_detector", served.face_detector, "inpaint_faces"),
+    ):
+        table.add_row(name, f"for {use}", escape(state or "missing"))
+    return table
+
+
+def _table(*heads: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="")
+    for head in heads:
+        table.add_column(head.lstrip(">"), justify="right" if head.startswith(">") else "left")
+    return table

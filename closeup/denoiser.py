@@ -16,7 +16,8 @@ import numpy as np
 from closeup.batching import BatchCounters, Segment, SegmentResult, StepBatcher
 from closeup.engines import EngineOptions, open_engine
 from closeup.errors import ModelError
-from closeup.lora_store import LoraBank, LoraStore
+from closeup.lora_bank import LoraBank
+from closeup.lora_store import LoraStore
 from closeup.manifest import MANIFEST_NAME, ModelManifest, read_manifest
 from closeup.run import Array
 from closeup.segments import ACQUIRE, RELEASE, SEGMENT
@@ -152,7 +153,7 @@ def _open_bank(manifest: ModelManifest, settings: Settings) -> LoraBank | None:
         return None
     store = LoraStore(settings.lora_dir, manifest.lora, byte_limit=settings.lora_cache_bytes)
     dtype = np.float16 if manifest.precision == "fp16" else np.float32
-    return LoraBank(store, rows=settings.lora_rows, dtype=dtype)
+    return LoraBank(store, manifest.lora, rows=settings.lora_rows, dtype=dtype)
 
 
 def _open_desk(
@@ -161,7 +162,8 @@ def _open_desk(
     def acquire_row(loras: Sequence[tuple[str, float]]) -> tuple[int, list[str]]:
         if bank is None:
             raise ModelError(f"the model {manifest.name} has no LoRA inputs.")
-        return bank.acquire(tuple(loras))
+        lease = bank.acquire(loras)
+        return lease.row, list(lease.warnings)
 
     def release_row(row: int) -> None:
         if bank is not None:

@@ -10,7 +10,7 @@ checked against OpenCV's own (the score is the geometric mean of class and objec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -169,6 +169,16 @@ def merge_detections(*looks: Sequence[Face], nms_iou: float = NMS_IOU) -> list[F
     )
     boxes = np.array([face.box for face in faces], dtype=np.float64).reshape(-1, 4)
     return [faces[i] for i in _kept_by_nms(boxes, nms_iou)]
+
+
+def scale_faces(faces: Sequence[Face], factor: float) -> list[Face]:
+    """Return the same faces in the coordinates of the picture enlarged by ``factor``."""
+    scaled = []
+    for face in faces:
+        x0, y0, x1, y1 = (value * factor for value in face.box)
+        a, b, c, d, e = ((x * factor, y * factor) for x, y in face.landmarks)
+        scaled.append(replace(face, box=(x0, y0, x1, y1), landmarks=(a, b, c, d, e)))
+    return scaled
 
 
 def _decode_stride(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from closeup.faces import FaceOrder
 from closeup.samplers import SAMPLERS
 
 
@@ -69,7 +70,7 @@ class Field:
             return "PNG, JPEG or WebP; bytes or base64"
         if self.minimum is None or self.maximum is None:
             return ""
-        low, high = f"{self.minimum:g}", f"{self.maximum:.0f}"
+        low, high = f"{self.minimum:g}", f"{self.maximum:.10g}"
         if self.kind is Kind.STRING:
             return f"{low} to {high} characters"
         steps = f", multiples of {self.multiple_of}" if self.multiple_of else ""
@@ -91,7 +92,7 @@ LEGACY_ASPECTS: Mapping[str, str] = {
 
 MAX_PROMPT_CHARACTERS = 4000
 MAX_SEED = 2**32 - 1
-FACE_ORDERS = ("area", "left_right", "center", "score")
+FACE_ORDERS = tuple(order.value for order in FaceOrder)
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 ENCODINGS = ("base64", "raw")
 
@@ -142,7 +143,7 @@ FIELDS: tuple[Field, ...] = (
           doc="Faces repainted at most, in `face_order`."),
     Field(name="min_face_ratio", kind=Kind.FLOAT, default="0.1", minimum=0, maximum=1,
           doc="Skip faces smaller than this share of the largest face's side."),
-    Field(name="face_crop_factor", kind=Kind.FLOAT, default="the model's", minimum=1, maximum=5,
+    Field(name="face_crop_factor", kind=Kind.FLOAT, default="the model's", minimum=1.2, maximum=4,
           doc="Side of the repainted square over the face's."),
     Field(name="face_order", kind=Kind.STRING, default="area", choices=FACE_ORDERS,
           doc="Order of the faces, for `max_faces` and the report."),

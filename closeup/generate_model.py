@@ -20,7 +20,7 @@ from closeup.fields import FIELD_BY_NAME
 from closeup.graph import Outcome, generate
 from closeup.images import encode_image
 from closeup.info import build_info, picture_parameters
-from closeup.lora_store import known_lora_id
+from closeup.lora_store import LoraStore
 from closeup.repository import Repository
 from closeup.request import Limits, Request, parse_options, resolve_request
 from closeup.run import Array, Progress, Run, text_tensor
@@ -48,6 +48,7 @@ class GenerateModel:
         configure_logging()
         self._settings = read_settings()
         self._repository = Repository(Path(args["model_repository"]).parent)
+        self._loras = LoraStore(self._settings.lora_dir, layout=None, byte_limit=0)
         self._models = TritonModels()
         self._watchdog = Watchdog()
         self._loop = asyncio.new_event_loop()
@@ -93,11 +94,10 @@ class GenerateModel:
             name: array.reshape(-1)[0] for name, array in inputs.items() if name in FIELD_BY_NAME
         }
         repository = self._repository
-        lora_dir = self._settings.lora_dir
         return resolve_request(
             parse_options(values, parameters),
             models=repository.models(),
-            known_lora=lambda name: known_lora_id(lora_dir, name),
+            known_lora=self._loras.known,
             has_upscaler=repository.upscaler is not None,
             has_face_detector=repository.face_detector is not None,
             limits=Limits(max_pixels=self._settings.max_pixels),

@@ -31,7 +31,7 @@ from closeup.request import Mode, Request
 from closeup.run import Array, Run, together
 from closeup.samplers import StepTable, build_step_table
 from closeup.tokens import PromptTokenizer
-from closeup.upscale import count_tiles, sr_factor, super_resolve
+from closeup.upscale import fit_tile, plan_tiles, sr_factor, super_resolve
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -203,8 +203,9 @@ async def super_resolve_all(
         return np.asarray(outputs["upscaled"], np.float32)
 
     height, width = pictures[0].shape[:2]
-    tiles = count_tiles(height, width, tile=upscaler.tile_px, overlap=upscaler.overlap_px)
-    with run.stage("super_resolution", tiles * len(pictures)):
+    shape = fit_tile(height, width, max_tile=upscaler.tile_px, overlap=upscaler.overlap_px)
+    tiles = plan_tiles(height, width, shape, upscaler.overlap_px)
+    with run.stage("super_resolution", len(tiles.tops) * len(tiles.lefts) * len(pictures)):
         return await together(
             run,
             [

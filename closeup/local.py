@@ -11,7 +11,7 @@ from typing import Any
 from closeup.denoiser import Denoiser
 from closeup.engines import Engine, EngineOptions, open_engine
 from closeup.graph import Outcome, generate
-from closeup.lora_store import known_lora_id
+from closeup.lora_store import LoraStore
 from closeup.repository import Repository
 from closeup.request import Limits, Request, parse_options, resolve_request
 from closeup.run import Array, Progress, Run
@@ -29,6 +29,7 @@ class LocalModels:
     def __init__(self, repository: Path, settings: Settings | None = None) -> None:
         self.repository = Repository(repository)
         self.settings = settings or Settings()
+        self.loras = LoraStore(self.settings.lora_dir, layout=None, byte_limit=0)
         self._folder = repository
         self._engines: dict[str, Engine] = {}
         self._denoisers: dict[str, Denoiser] = {}
@@ -78,7 +79,7 @@ class LocalModels:
         return resolve_request(
             parse_options(values, {}),
             models=self.repository.models(),
-            known_lora=lambda name: known_lora_id(self.settings.lora_dir, name),
+            known_lora=self.loras.known,
             has_upscaler=self.repository.upscaler is not None,
             has_face_detector=self.repository.face_detector is not None,
             limits=Limits(max_pixels=self.settings.max_pixels),

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from closeup.errors import RequestError
-from closeup.faces import FaceOptions
+from closeup.faces import FaceOptions, FaceOrder
 from closeup.fields import (
     ASPECT_RATIOS,
     FIELD_BY_NAME,
@@ -44,6 +44,8 @@ RESERVED_PARAMETERS = ("binary_data_output", "headers", "priority", "sequence_",
 REQUEST_ID = "id"  # the request's own id arrives as a parameter too
 DEFAULT_DENOISING_STRENGTH = 0.8
 DEFAULT_HIRES_STRENGTH = 0.3
+DEFAULT_MAX_FACES = 32
+DEFAULT_MIN_FACE_RATIO = 0.1
 _FILE_STARTS = (b"\x89PNG", b"\xff\xd8", b"RIFF")
 SIDE_FIELDS = ("w", "h")
 FACE_FIELDS = (
@@ -327,7 +329,7 @@ def resolve_request(
         hires_fix=bool(options.get("hires_fix", False)),
         hires_strength=float(options.get("hires_denoising_strength", DEFAULT_HIRES_STRENGTH)),
         inpaint_faces=inpaint_faces,
-        faces=_face_options(options, model),
+        faces=_face_options(options),
         image=image,
         mask=mask,
         image_format=str(options.get("image_format", "png")),
@@ -479,12 +481,13 @@ def _fit(side: float, step: int) -> int:
     return int(min(max(nearest, side_field.minimum), side_field.maximum))
 
 
-def _face_options(options: Options, model: ModelManifest) -> FaceOptions:
+def _face_options(options: Options) -> FaceOptions:
     strength = options.get("face_denoising_strength")
+    factor = options.get("face_crop_factor")
     return FaceOptions(
-        max_faces=int(options.get("max_faces", 32)),
-        min_face_ratio=float(options.get("min_face_ratio", 0.1)),
-        crop_factor=float(options.get("face_crop_factor", model.face_crop_factor)),
+        max_faces=int(options.get("max_faces", DEFAULT_MAX_FACES)),
+        min_face_ratio=float(options.get("min_face_ratio", DEFAULT_MIN_FACE_RATIO)),
+        crop_factor=None if factor is None else float(factor),
         strength=None if strength is None else float(strength),
-        order=str(options.get("face_order", "area")),
+        order=FaceOrder(options.get("face_order", FaceOrder.AREA)),
     )

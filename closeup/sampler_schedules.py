@@ -160,12 +160,16 @@ def _space_sigmas(
 
 
 def _timesteps_from_sigmas(sigmas: Floats, log_sigmas: Singles) -> Floats:
-    """Fractional training timesteps whose sigmas these are, linear in log sigma."""
-    log_sigma = np.log(np.maximum(sigmas, 1e-10))
+    """Fractional training timesteps whose sigmas these are, linear in log sigma.
+
+    In float32, as NumPy 1 does it for the reference: where the caller truncates the result to whole
+    timesteps, the last bit decides.
+    """
+    log_sigma = np.log(np.maximum(sigmas, 1e-10)).astype(np.float32)
     below = np.searchsorted(log_sigmas, log_sigma, side="right") - 1
     below = below.clip(0, len(log_sigmas) - 2)
     low, high = log_sigmas[below], log_sigmas[below + 1]
-    w = np.clip((low - log_sigma) / (low - high), 0, 1)
+    w: Singles = np.clip((low - log_sigma) / (low - high), 0, 1)
     timesteps: Floats = (1 - w) * below + w * (below + 1)
     return timesteps
 

@@ -20,7 +20,7 @@ class Settings:
         max_pixels: width times height of a request, before super-resolution.
         max_batch: sequences a denoiser call holds; None takes the engine's limit.
         segment_steps: denoising steps between two looks at cancellation and progress.
-        lora_rows: LoRA combinations resident at once, the empty one included.
+        lora_rows: LoRA combinations resident at once.
         lora_cache_bytes: LoRA files kept in memory.
     """
 
@@ -30,7 +30,7 @@ class Settings:
     max_pixels: int = 2048 * 2048
     max_batch: int | None = None
     segment_steps: int = 4
-    lora_rows: int = 17
+    lora_rows: int = 16
     lora_cache_bytes: int = 1 << 30
 
 

@@ -49,7 +49,7 @@ def face_table(faces: Sequence[tuple[int, Mapping[str, Any]]], *, several: bool)
     table = _table(*(["picture", *heads] if several else heads))
     for image, face in faces:
         x0, y0, x1, y1 = (float(edge) for edge in face["box"])
-        number = int(face.get("index", 0)) + 1
+        number = int(face.get("index", 0))
         strength = face.get("strength")
         done = [str(face[key]) for key in ("action", "reason") if face.get(key)]
         cells = [

@@ -16,7 +16,7 @@ from closeup_client.result import Result
 
 MAX_FACES = 6
 PAPER, INK, MUTED, MARK = (250, 249, 246), (36, 35, 33), (128, 124, 117), (196, 62, 38)
-MARGIN, GAP, STRIP = 40, 16, 26
+MARGIN, GAP, STRIP = 40, 16, 24
 PANEL_SIZE = (660, 860)
 TILE_MAX = 420
 CROP_FACTOR = 2.0
@@ -81,8 +81,8 @@ def _layout(size: tuple[int, int], faces: int) -> _Layout:
     panel = (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
     content = max(2 * panel[0] + GAP, 640)
     columns = 1 if faces <= 1 else 2 if faces <= 4 else 3
-    pair = (content - (columns - 1) * 2 * GAP) // columns
-    tile = min((pair - GAP // 2) // 2, TILE_MAX)
+    pair = (content - (columns - 1) * GAP * (1 if columns == 2 else 2)) // columns
+    tile = min((pair - GAP // 2) // 2, panel[0] if columns == 1 else TILE_MAX)
     width = content + 2 * MARGIN
     return _Layout(panel=panel, scale=scale, width=width, columns=columns, tile=tile)
 
@@ -94,9 +94,9 @@ def _draw_panels(
     faces: Sequence[Mapping[str, Any]],
     layout: _Layout,
 ) -> Image.Image:
-    top = MARGIN + 34 + STRIP
+    top = MARGIN + 14 + STRIP
     canvas = Image.new("RGB", (layout.width, top + layout.panel[1] + 2 * GAP), PAPER)
-    draw = ImageDraw.Draw(canvas)
+    draw = ImageDraw.Draw(canvas, "RGBA")
     for left, title, picture in ((MARGIN, "before", before), (layout.right, "after", after)):
         draw.text((left, MARGIN), title, INK, _font(22), anchor="ls")
         small = picture.resize(layout.panel, Image.Resampling.LANCZOS)
@@ -113,8 +113,10 @@ def _draw_panels(
 def _draw_frame(draw: ImageDraw.ImageDraw, box: Box, limits: Box) -> None:
     x0, y0 = max(box[0], limits[0]), max(box[1], limits[1])
     x1, y1 = min(box[2], limits[2] - 1), min(box[3], limits[3] - 1)
-    if x1 > x0 and y1 > y0:
-        draw.rectangle((round(x0), round(y0), round(x1), round(y1)), outline=(255, 255, 255))
+    if x1 - x0 > 4 and y1 - y0 > 4:
+        x0, y0, x1, y1 = round(x0), round(y0), round(x1), round(y1)
+        draw.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), outline=(0, 0, 0, 90))
+        draw.rectangle((x0, y0, x1, y1), outline=(255, 255, 255))
 
 
 def _draw_numbers(
@@ -124,22 +126,24 @@ def _draw_numbers(
     corner: tuple[int, int],
     layout: _Layout,
 ) -> None:
-    """Put the numbers beside the picture, along the axis that keeps them further apart."""
+    """Put the numbers outside the picture, along the axis that keeps them further apart."""
     centers = [((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) for box in boxes]
     across = _spread([x for x, _ in centers]) >= _spread([y for _, y in centers])
     axis = 0 if across else 1
+    is_left = corner[0] < layout.right  # the margins are the outer sides
+    edge = corner[0] - 5 if is_left else corner[0] + layout.panel[0] + 4
     used = -1e9
     for index in sorted(range(len(boxes)), key=lambda i: centers[i][axis]):
-        place = max(centers[index][axis], used + 20)
+        at = centers[index][axis]
+        place = max(at, used + 22)
         used = place
-        tip = boxes[index]
         if across:
-            draw.text((place, corner[1] - 9), labels[index], MARK, _font(15), anchor="ms")
-            draw.line((round(tip[0]), corner[1] - 4, round(tip[2]), corner[1] - 4), MARK)
+            draw.text((place, corner[1] - 10), labels[index], MARK, _font(15), anchor="ms")
+            draw.line((round(at) - 7, corner[1] - 5, round(at) + 7, corner[1] - 5), MARK)
         else:
-            left = corner[0] - 9
-            draw.text((left - 4, place), labels[index], MARK, _font(15), anchor="rm")
-            draw.line((corner[0] - 4, round(tip[1]), corner[0] - 4, round(tip[3])), MARK)
+            anchor, shift = ("rm", -5) if is_left else ("lm", 5)
+            draw.text((edge + shift, place), labels[index], MARK, _font(15), anchor=anchor)
+            draw.line((edge, round(at) - 7, edge, round(at) + 7), MARK)
 
 
 def _spread(places: Sequence[float]) -> float:
@@ -162,19 +166,20 @@ def _draw_rows(
     if not faces:
         draw.text((MARGIN, 6), "No faces were found.", INK, _font(15), anchor="la")
     pair = 2 * layout.tile + GAP // 2
+    if layout.columns == 1:
+        pair = layout.width - 2 * MARGIN
     pitch = (layout.width - 2 * MARGIN - pair) // max(layout.columns - 1, 1)
     for position, face in enumerate(faces):
         row, column = divmod(position, layout.columns)
-        free = inner - layout.columns * pair
-        left = MARGIN + column * (
-            pair + (free // (layout.columns - 1) if layout.columns > 1 else 0)
-        )
+        left = MARGIN + column * pitch
         top = row * (layout.tile + caption)
         region = crop_region(_box(face), after.size)
         side = (layout.tile, layout.tile)
-        for shift, picture in ((0, before), (layout.tile + GAP // 2, after)):
+        # One face alone stands under its two pictures.
+        other = layout.right if layout.columns == 1 else left + layout.tile + GAP // 2
+        for place, picture in ((left, before), (other, after)):
             tile = picture.resize(side, Image.Resampling.LANCZOS, box=region)
-            canvas.paste(tile, (left + shift, top))
+            canvas.paste(tile, (place, top))
         title, detail = face_caption(face, _number(every, face))
         y = top + layout.tile + 8
         draw.text((left, y), title, INK, _font(14), anchor="la")
@@ -204,7 +209,7 @@ def _draw_footer(sheet: Image.Image, result: Result, image: int, faces: int) -> 
 def face_caption(face: Mapping[str, Any], number: int) -> tuple[str, str]:
     """Two lines under a face: number and size; what was done to it."""
     x0, y0, x1, y1 = _box(face)
-    title = f"{number}   {x1 - x0:.0f} x {y1 - y0:.0f} px"
+    title = f"face {number}   {x1 - x0:.0f} x {y1 - y0:.0f} px"
     action = str(face.get("action") or "")
     parts = [action] if action else []
     if face.get("strength") is not None and action != "skipped":
@@ -235,8 +240,8 @@ def _area(face: Mapping[str, Any]) -> float:
 
 
 def _number(every: Sequence[Mapping[str, Any]], face: Mapping[str, Any]) -> int:
-    """Faces count from 1 for people, from 0 in the report."""
-    return int(face.get("index", every.index(face))) + 1
+    """The face's number, as the report counts."""
+    return int(face.get("index", every.index(face)))
 
 
 def _grown(box: Box, factor: float) -> Box:

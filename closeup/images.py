@@ -90,8 +90,8 @@ def pixels_from_floats(floats: Floats) -> Pixels:
             "run the VAE in bf16 or fp32."
         )
     # OpenCV's saturating conversion is the fastest clamp-scale-round-cast at hand; the matrix is
-    # one row, so that the scalar of max() applies to every channel.
-    clamped = cv2.max(flat, 0.0)
+    # one row, so that the scalars apply to every channel.
+    clamped = cv2.min(cv2.max(flat, 0.0), 1.0)
     pixels: Pixels = cv2.convertScaleAbs(clamped, alpha=255.0).reshape(floats.shape)
     return pixels
 

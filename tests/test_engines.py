@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from closeup.engines import EngineOptions, TensorSpec, count_threads, open_engine
+from closeup.errors import ModelError
+from tests.triton_fixtures import save_double, save_lookup
+
+
+@pytest.fixture
+def double_path(tmp_path: Path) -> Path:
+    path = tmp_path / "double" / "1" / "model.onnx"
+    save_double(path)
+    return path
+
+
+def test_engine_tells_its_tensors_when_opened(double_path: Path) -> None:
+    engine = open_engine(double_path)
+    spec = TensorSpec(name="x", dtype=np.dtype(np.float32), shape=("B", 3))
+    assert engine.inputs == (spec,)
+    assert [output.name for output in engine.outputs] == ["y"]
+    assert spec.describe() == "float32 (B, 3)"
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize(
+    "options",
+    [
+        EngineOptions(threads=1),
+        EngineOptions(threads=2, spinning=True, graph_optimization="basic", keep_memory=False),
+    ],
+)
+def test_run_doubles_when_graph_doubles(
+    double_path: Path, batch: int, options: EngineOptions
+) -> None:
+    x = np.arange(3 * batch, dtype=np.float32).reshape(batch, 3)
+    y = open_engine(double_path, options=options).run({"x": x})["y"]
+    np.testing.assert_array_equal(y, 2 * x)  # exact: doubling rounds nothing
+
+
+@pytest.mark.parametrize(
+    ("feeds", "text"),
+    [
+        ({}, "double: input x is missing; expected float32 (B, 3)."),
+        ({"x": np.ones((1, 4), np.float32)}, "double: input x is float32 (1, 4); expected"),
+        ({"x": np.ones(3, np.float32)}, "double: input x is float32 (3,); expected"),
+        ({"x": np.ones((1, 3))}, "double: input x is float64 (1, 3); expected float32 (B, 3)."),
+        ({"x": np.ones((1, 3), np.float32), "z": np.ones(1)}, "double: got an unknown input z"),
+    ],
+)
+def test_run_names_model_tensor_and_shapes_when_feeds_are_wrong(
+    double_path: Path,
+    feeds: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]],
+    text: str,
+) -> None:
+    engine = open_engine(double_path)
+    with pytest.raises(ModelError) as caught:
+        engine.run(feeds)
+    assert str(caught.value).startswith(text)
+
+
+def test_run_raises_model_error_and_engine_stays_usable_when_the_graph_fails(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "lookup.onnx"
+    save_lookup(path)
+    engine = open_engine(path)
+    with pytest.raises(ModelError, match=r"lookup: the run failed on x \(1, 1\): .*out of"):
+        engine.run({"x": np.array([[99]])})
+    assert engine.run({"x": np.array([[4]])})["y"] == 14
+
+
+def test_run_raises_when_closed(double_path: Path) -> None:
+    engine = open_engine(double_path)
+    engine.close()
+    with pytest.raises(ModelError, match="double: the engine is closed"):
+        engine.run({"x": np.ones((1, 3), np.float32)})
+
+
+def test_open_engine_raises_one_sentence_when_the_file_is_no_engine(tmp_path: Path) -> None:
+    broken = tmp_path / "model.onnx"
+    broken.write_bytes(b"not a graph")
+    plan = tmp_path / "model.plan"
+    plan.touch()
+    other = tmp_path / "model.bin"
+    other.touch()
+    for path, text in (
+        (tmp_path / "absent.onnx", "There is no engine at"),
+        (broken, "ONNX Runtime cannot open"),
+        (plan, "model.plan is a TensorRT plan"),
+        (other, r"expected a name that ends in \.onnx or \.plan"),
+    ):
+        with pytest.raises(ModelError, match=text) as caught:
+            open_engine(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_open_engine_raises_when_an_option_is_unknown(double_path: Path) -> None:
+    with pytest.raises(ModelError, match="graph_optimization is 'most'"):
+        open_engine(double_path, options=EngineOptions(graph_optimization="most"))
+
+
+def test_open_engine_writes_the_optimised_graph_when_asked(
+    double_path: Path, tmp_path: Path
+) -> None:
+    written = tmp_path / "optimised.onnx"
+    open_engine(double_path, options=EngineOptions(optimized_model_path=written))
+    y = open_engine(written).run({"x": np.ones((2, 3), np.float32)})["y"]
+    np.testing.assert_array_equal(y, np.full((2, 3), 2))
+
+
+def test_count_threads_reads_the_environment_when_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLOSEUP_THREADS", "3")
+    assert count_threads() == 3
+    assert EngineOptions().threads == 3
+    monkeypatch.delenv("CLOSEUP_THREADS")
+    assert count_threads() >= 1
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_count_threads_raises_when_the_environment_is_no_count(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("CLOSEUP_THREADS", text)
+    with pytest.raises(ModelError, match="CLOSEUP_THREADS is"):
+        count_threads()

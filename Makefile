@@ -11,17 +11,28 @@ help:  ## list the targets
 
 $(VENV)/.stamp: pyproject.toml constraints.txt client/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[embedded,export,dev]' -e ./client
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[embedded,export,dev]' -e './client[sheet]'
 	touch $@
 
 setup: $(VENV)/.stamp  ## make .venv and install everything into it
+
+run: setup  ## export the demo model, serve it, paint one picture into out/, stop
+	$(BIN)/python -m demo.run
+
+serve: setup  ## export the demo model and serve it on ports 8000 to 8002
+	$(BIN)/python -m demo.run --export-only
+	$(BIN)/python -m closeup.server --lora-dir demo/weights/loras
+
+test: setup  ## every test, no network and no GPU
+	$(BIN)/pytest
 
 lint: setup  ## ruff and mypy --strict, tests included
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: setup  ## every test, no network and no GPU
-	$(BIN)/pytest
+tables: setup  ## rewrite the tables and files that are made from the code
+	$(BIN)/python -m closeup.tables
+	$(BIN)/python client/generate_fields.py
 
-.PHONY: help setup lint test
+.PHONY: help setup run serve test lint tables

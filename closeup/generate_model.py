@@ -137,13 +137,13 @@ class GenerateModel:
                 encode_image(
                     pixels,
                     format=request.image_format,
-                    quality=request.image_quality,
+                    quality=None if request.image_format == "png" else request.image_quality,
                     metadata=picture_parameters(request, seed),
                 )
                 for pixels, seed in zip(outcome.pictures, request.seeds, strict=True)
             ]
             stage_files = [
-                encode_image(pixels, format="png", quality=100, metadata={})
+                encode_image(pixels, format="png")
                 for pictures in outcome.stages.values()
                 for pixels in pictures
             ]

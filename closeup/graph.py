@@ -79,7 +79,9 @@ async def generate(
     async with run.admitted():
         conditioning = await encode(run, tokenizer)
         pictures = await paint(run, conditioning)
-        keep_stage(request, stages, "generated", pictures)
+        originals = [pixels_from_floats(picture) for picture in pictures]
+        if request.stages:
+            stages["generated"] = originals
         if request.super_resolution:
             assert upscaler is not None
             pictures = await super_resolve_all(run, pictures, upscaler)
@@ -92,6 +94,7 @@ async def generate(
             pixels, faces = await inpaint_faces(
                 run,
                 pixels,
+                originals=originals,
                 context=context_rows(run, conditioning.negative, conditioning.face_prompt),
             )
     return Outcome(pictures=pixels, faces=faces, stages=stages)

@@ -1,0 +1,134 @@
+"""The face pass: find the faces of finished pictures, repaint each one, blend it back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from closeup.detection import (
+    OUTPUT_NAMES,
+    Face,
+    decode_detections,
+    detection_long_sides,
+    detector_input,
+    merge_detections,
+    scale_faces,
+)
+from closeup.diffuse import Floats, decode_latents, denoise, encode_picture, sample_posterior
+from closeup.face_blend import blend_pixels, differential_masks, face_mask, latent_mask
+from closeup.face_geometry import extract
+from closeup.faces import FaceAction, FacePlan, face_report, plan_faces
+from closeup.images import floats_from_pixels
+from closeup.noise import TorchNormal
+from closeup.run import Run, together
+from closeup.samplers import build_step_table
+
+Pixels = npt.NDArray[np.uint8]
+FaceReport = dict[str, Any]
+
+
+async def inpaint_faces(
+    run: Run, pictures: list[Pixels], *, originals: list[Pixels], context: Floats
+) -> tuple[list[Pixels], list[list[FaceReport]]]:
+    """Repaint the faces of every picture; all faces go through the denoiser together.
+
+    Args:
+        run: the request.
+        pictures: uint8 (H, W, 3).
+        originals: the same before super-resolution; faces are found in these, since detectors
+            are trained on small faces.
+        context: (rows, L, D) of the face prompt.
+
+    Returns:
+        The pictures, every byte outside the face masks unchanged, and a report for each face.
+    """
+    factor = pictures[0].shape[0] / originals[0].shape[0]
+    with run.stage("detect", len(pictures)):
+        found = await together(run, [find_faces(run, pixels) for pixels in originals])
+    plans = [
+        _plan(run, scale_faces(faces, factor), pixels, seed)
+        for faces, pixels, seed in zip(found, pictures, run.request.seeds, strict=True)
+    ]
+    with run.stage("faces", 0):
+        repainted = await together(
+            run,
+            [
+                _repaint_picture(run, index, pixels, picture_plans, context)
+                for index, (pixels, picture_plans) in enumerate(zip(pictures, plans, strict=True))
+            ],
+        )
+    return repainted, [[face_report(plan) for plan in picture_plans] for picture_plans in plans]
+
+
+async def find_faces(run: Run, pixels: Pixels) -> list[Face]:
+    """Return the faces of a picture, in its own pixels."""
+    height, width = pixels.shape[:2]
+    looks = []
+    for long_side in detection_long_sides(height, width):
+        tensor, scale = detector_input(pixels, long_side=long_side)
+        outputs = await run.infer("face_detector", {"input": tensor}, OUTPUT_NAMES)
+        looks.append(decode_detections(outputs, scale=scale, size=(height, width)))
+    run.advance(1)
+    return merge_detections(*looks)
+
+
+def _plan(run: Run, faces: list[Face], pixels: Pixels, seed: int) -> list[FacePlan]:
+    model = run.request.model
+    return plan_faces(
+        faces,
+        image_size=(pixels.shape[0], pixels.shape[1]),
+        work_px=model.native_px,
+        options=run.request.faces,
+        seed=seed,
+        crop_factor=model.face_crop_factor,
+    )
+
+
+async def _repaint_picture(
+    run: Run, image: int, pixels: Pixels, plans: list[FacePlan], context: Floats
+) -> Pixels:
+    wanted = [plan for plan in plans if plan.action is FaceAction.REPAINT]
+    picture = floats_from_pixels(pixels)
+    patches = await together(
+        run, [_repaint_face(run, image, picture, plan, context) for plan in wanted]
+    )
+    if any(patch is not None for patch in patches):
+        run.count("inference_cycles")
+    for plan, patch in zip(wanted, patches, strict=True):
+        if patch is not None:
+            pixels = blend_pixels(pixels, patch, plan.crop, face_mask(plan))
+    return pixels
+
+
+async def _repaint_face(
+    run: Run, image: int, picture: Floats, plan: FacePlan, context: Floats
+) -> Floats | None:
+    """Return the repainted crop (work, work, 3), or None when its strength leaves no step."""
+    request = run.request
+    table = build_step_table(
+        request.scheduler, request.model.scheduler, request.steps, strength=plan.strength
+    )
+    steps = len(table.timesteps)
+    if steps == 0:
+        return None
+    run.extend(steps)
+    stream = TorchNormal(plan.seed)
+    crop = extract(picture, plan.crop, plan.work_px)
+    known = sample_posterior(run, await encode_picture(run, crop), stream)
+    noise = stream.randn(known.shape)
+    soft = latent_mask(face_mask(plan), (known.shape[1], known.shape[2]))
+    latents = await denoise(
+        run,
+        sample=np.asarray(table.init[0] * known + table.init[1] * noise, np.float32),
+        context=context,
+        table=table,
+        stream=stream,
+        image=image,
+        mask=differential_masks(soft, steps),
+        known=known,
+        known_noise=noise,
+    )
+    run.count("faces_repainted")
+    return await decode_latents(run, latents)

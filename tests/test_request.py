@@ -1,0 +1,299 @@
+"""What arrives, what is refused and with which sentence, what is filled in."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from manifests import make_manifest
+from PIL import Image
+
+from closeup.errors import RequestError
+from closeup.fields import FIELDS, MAX_PROMPT_CHARACTERS
+from closeup.request import Limits, Mode, Request, parse_options, resolve_request
+
+GOLDEN = {
+    "prompt": "<lora:1795721:1.0> Surrounded by the natural beauty of a serene, wooded "
+    "environment, the ohwx woman exudes a sense of tranquility.",
+    "num_images": 1,
+    "super_resolution": True,
+    "inpaint_faces": True,
+    "w": 896,
+    "h": 1152,
+    "scheduler": "euler_a",
+    "ar": "1:1",
+}
+
+
+def resolve(
+    *,
+    models: Any = None,
+    parameters: dict[str, Any] | None = None,
+    has_upscaler: bool = True,
+    has_face_detector: bool = True,
+    streaming: bool = False,
+    limits: Limits | None = None,
+    **fields: Any,
+) -> Request:
+    """Send fields as Triton hands them over: strings as bytes."""
+    values = {
+        name: value.encode() if isinstance(value, str) else value for name, value in fields.items()
+    }
+    return resolve_request(
+        parse_options(values, parameters or {}),
+        models={"toy": make_manifest()} if models is None else models,
+        known_lora=lambda name: name in ("1795721", "style"),
+        has_upscaler=has_upscaler,
+        has_face_detector=has_face_detector,
+        limits=limits or Limits(),
+        streaming=streaming,
+    )
+
+
+def refused(**fields: Any) -> dict[str, str]:
+    with pytest.raises(RequestError) as caught:
+        resolve(**fields)
+    return caught.value.problems
+
+
+def png(width: int, height: int, mode: str = "RGB") -> bytes:
+    rows, columns = np.mgrid[0:height, 0:width]
+    pixels = ((rows * 3 + columns * 5) % 256).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def png_bomb(side: int) -> bytes:
+    """A PNG that claims side x side pixels in a few bytes."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + crc
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_golden_request_resolves_word_for_word() -> None:
+    request = resolve(**GOLDEN)
+    assert (request.width, request.height) == (896, 1152)  # explicit sides win over ar
+    assert [(tag.id, tag.weight) for tag in request.loras] == [("1795721", 1.0)]
+    assert request.prompt.startswith("Surrounded by the natural beauty")
+    assert request.face_prompt.endswith("tranquility., close up of the face")
+    assert request.super_resolution
+    assert request.inpaint_faces
+    assert request.mode is Mode.TEXT
+    assert (request.steps, request.cfg_scale, request.scheduler) == (25, 7.5, "euler_a")
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "sentence"),
+    [
+        ({"prompt": ""}, "prompt", "is empty; expected 1 to 4000 characters."),
+        ({"prompt": "  \n"}, "prompt", "is empty"),
+        ({"prompt": "<lora:style:1>"}, "prompt", "has no words beside its tags"),
+        ({"prompt": "x" * 10_000}, "prompt", "has 10000 characters; allowed are 1 to 4000"),
+        ({"prompt": b"caf\xe9"}, "prompt", "is not valid UTF-8 (byte 3)"),
+        ({"prompt": "a\0b"}, "prompt", "contains a NUL character"),
+        ({"w": 100}, "w", "got 100; allowed are 64 to 2048, multiples of 8; the nearest is 96."),
+        ({"h": 2056}, "h", "got 2056; allowed are 64 to 2048, multiples of 8."),
+        ({"w": 56}, "w", "got 56; allowed are 64 to 2048"),
+        ({"num_images": 0}, "num_images", "got 0; allowed are 1 to 8."),
+        ({"num_images": 9}, "num_images", "got 9; allowed are 1 to 8."),
+        ({"steps": 51}, "steps", "got 51; allowed are 1 to 50."),
+        ({"steps": 0}, "steps", "got 0; allowed are 1 to 50."),
+        ({"cfg_scale": 16.0}, "cfg_scale", "got 16; allowed are 0 to 15."),
+        ({"cfg_scale": float("nan")}, "cfg_scale", "got nan; allowed are 0 to 15."),
+        ({"seed": -1}, "seed", "got -1; allowed are 0 to 4294967295."),
+        ({"seed": 2**32}, "seed", "allowed are 0 to 4294967295."),
+        ({"scheduler": "euler_b"}, "scheduler", "got 'euler_b' (did you mean euler_a?)"),
+        ({"aspect_ratio": "2:1"}, "aspect_ratio", "allowed are 1:1, 16:9"),
+        ({"ar": "1:1", "aspect_ratio": "1:1"}, "ar", "older spelling"),
+        ({"model": "nope"}, "model", "got 'nope'; served are toy."),
+        ({"prompt": "a <lora:unknown:1>"}, "prompt", "there is no LoRA 'unknown'"),
+        ({"prompt": "a <lora:../../etc/passwd:1>"}, "prompt", "cannot be a LoRA id"),
+        ({"prompt": "a <lora:a/b:1>"}, "prompt", "cannot be a LoRA id"),
+        ({"prompt": "a <lora:.hidden:1>"}, "prompt", "cannot be a LoRA id"),
+        ({"prompt": "a <lora:style:abc>"}, "prompt", "must be a number"),
+        ({"hires_fix": True}, "hires_fix", "needs super_resolution"),
+        ({"max_faces": 3}, "max_faces", "needs inpaint_faces"),
+        ({"previews": True}, "previews", "needs generate_stream"),
+        ({"denoising_strength": 0.5}, "denoising_strength", "needs input_image"),
+        ({"mask_image": b"\x89PNG"}, "mask_image", "needs input_image"),
+        ({"only_upscale": True}, "only_upscale", "needs input_image"),
+        ({"input_image": b""}, "input_image", "is empty"),
+        ({"input_image": b"!!not base64!!"}, "input_image", "neither a PNG, JPEG or WebP"),
+        ({"input_image": png(64, 64)[:90]}, "input_image", "cut off"),
+        ({"input_image": png_bomb(40_000)}, "input_image", "1,600,000,000 pixels"),
+        ({"input_image": base64.b64encode(b"hello world, no picture")}, "input_image", "no"),
+        ({"input_image": png(64, 64), "mask_image": png(64, 72, "L")}, "mask_image",
+         "is 64x72, input_image is 64x64"),
+        ({"prompt": "a --face_inpaint_denoising 1.5 b", "inpaint_faces": True},
+         "face_denoising_strength", "(in the prompt) got 1.5; allowed are 0 to 1."),
+        ({"face_crop_factor": 9.0, "inpaint_faces": True}, "face_crop_factor", "1.2 to 4"),
+    ],
+)  # fmt: skip
+def test_request_is_refused_with_a_sentence_when_a_field_is_wrong(
+    fields: dict[str, Any], field: str, sentence: str
+) -> None:
+    problems = refused(**{"prompt": "a woman", **fields})
+    assert list(problems) == [field]
+    assert sentence in problems[field]
+    assert "\n" not in problems[field]
+
+
+def test_every_wrong_field_is_named_when_several_are() -> None:
+    assert set(refused(prompt="", steps=51, w=3)) == {"prompt", "steps", "w"}
+
+
+def test_missing_prompt_is_named() -> None:
+    assert refused(steps=3) == {"prompt": "is missing; every request needs one."}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("stepz", "did you mean steps?"),
+        ("input_image_url", "send the picture itself in input_image"),
+        ("text", "is called prompt here"),
+        ("qqqqqq", "leave it out"),
+    ],
+)
+def test_unknown_field_is_refused_with_the_nearest_name(name: str, hint: str) -> None:
+    problems = refused(prompt="a", parameters={name: 1})
+    assert hint in problems[name]
+
+
+def test_parameters_that_triton_reserves_are_no_fields() -> None:
+    parameters = {"priority": 1, "timeout": 5, "id": "abc", "triton_x": 1, "binary_data_output": 1}
+    assert resolve(prompt="a", parameters=parameters).prompt == "a"
+
+
+def test_both_sides_of_every_number_range_are_as_documented() -> None:
+    extra: dict[str, dict[str, Any]] = {
+        "hires_denoising_strength": {"hires_fix": True, "super_resolution": True},
+        "denoising_strength": {"input_image": png(64, 64)},
+    }
+    checked = 0
+    for field in FIELDS:
+        if field.minimum is None or field.maximum is None or field.kind.value == "string":
+            continue
+        step = field.multiple_of or (1 if field.kind.value == "int" else 0.01)
+        with_it = extra.get(field.name, {"inpaint_faces": True})
+        for value in (field.minimum, field.maximum):
+            number = int(value) if field.kind.value == "int" else value
+            resolve(prompt="a", **{field.name: number}, **with_it)
+        for value in (field.minimum - step, field.maximum + step):
+            number = int(value) if field.kind.value == "int" else value
+            assert list(refused(prompt="a", **{field.name: number}, **with_it)) == [field.name]
+        checked += 1
+    assert checked >= 12
+    resolve(prompt="x" * MAX_PROMPT_CHARACTERS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({}, (512, 512)),
+        ({"aspect_ratio": "16:9"}, (680, 384)),
+        ({"ar": "portrait"}, (416, 624)),
+        ({"w": 640}, (640, 512)),
+        ({"w": 640, "aspect_ratio": "1:1"}, (640, 512)),
+        ({"input_image": png(203, 101)}, (200, 104)),
+        ({"input_image": png(203, 101), "w": 128, "h": 64}, (128, 64)),
+    ],
+)
+def test_size_comes_from_sides_then_ratio_then_picture_then_model(
+    fields: dict[str, Any], size: tuple[int, int]
+) -> None:
+    request = resolve(prompt="a", **fields)
+    assert (request.width, request.height) == size
+    if request.image is not None:
+        assert request.image.shape == (size[1], size[0], 3)
+
+
+def test_model_defaults_win_over_the_family_and_fields_over_both() -> None:
+    from closeup.manifest import Defaults
+
+    models = {
+        "own": make_manifest(
+            name="own", defaults=Defaults(width=128, height=192, steps=9, cfg_scale=3.5,
+                                          scheduler="lcm"),
+        )
+    }  # fmt: skip
+    request = resolve(models=models, prompt="a", cfg_scale=4.0)
+    assert (request.width, request.height, request.steps) == (128, 192, 9)
+    assert (request.cfg_scale, request.scheduler) == (4.0, "lcm")
+
+
+def test_picture_may_be_bytes_base64_or_a_data_uri() -> None:
+    data = png(72, 64)
+    forms = [
+        data,
+        base64.b64encode(data),
+        b"data:image/png;base64," + base64.b64encode(data),
+        base64.encodebytes(data),
+    ]
+    images = [resolve(prompt="a", input_image=form).image for form in forms]
+    first = images[0]
+    assert first is not None
+    assert first.max() > 200
+    for image in images[1:]:
+        np.testing.assert_array_equal(image, first)
+
+
+def test_mask_and_picture_make_an_inpainting_request() -> None:
+    request = resolve(prompt="a", input_image=png(64, 64), mask_image=png(64, 64, "L"))
+    assert request.mode is Mode.INPAINT
+    assert request.mask is not None
+    assert request.mask.shape == (64, 64)
+    assert request.strength == 0.8
+
+
+def test_flags_in_the_prompt_set_fields_and_fields_win() -> None:
+    text = "a woman --face_inpaint_denoising 0.5"
+    request = resolve(prompt=text, inpaint_faces=True)
+    assert request.faces.strength == 0.5
+    assert request.prompt == "a woman"
+    request = resolve(prompt=text, inpaint_faces=True, face_denoising_strength=0.3)
+    assert request.faces.strength == 0.3
+
+
+def test_inpaint_faces_turns_super_resolution_on_and_says_so_when_it_was_off() -> None:
+    assert resolve(prompt="a", inpaint_faces=True).super_resolution
+    request = resolve(prompt="a", inpaint_faces=True, super_resolution=False)
+    assert request.super_resolution
+    assert request.warnings == ("inpaint_faces turned super_resolution on.",)
+
+
+def test_seeds_wrap_and_differ_when_none_is_given() -> None:
+    assert resolve(prompt="a", seed=2**32 - 1, num_images=3).seeds == [2**32 - 1, 0, 1]
+    drawn = {resolve(prompt="a").seed for _ in range(8)}
+    assert len(drawn) > 1
+
+
+def test_loras_are_refused_when_the_model_has_no_inputs_for_them() -> None:
+    models = {"toy": make_manifest(lora=None)}
+    problems = refused(models=models, prompt="a <lora:style:1>")
+    assert "without LoRA inputs" in problems["prompt"]
+
+
+def test_super_resolution_and_faces_are_refused_when_the_repository_lacks_the_models() -> None:
+    assert "no upscaler" in refused(prompt="a", super_resolution=True, has_upscaler=False)[
+        "super_resolution"
+    ]
+    assert "no face detector" in refused(prompt="a", inpaint_faces=True, has_face_detector=False)[
+        "inpaint_faces"
+    ]
+
+
+def test_pixels_are_limited_by_the_server_option() -> None:
+    problems = refused(prompt="a", w=1024, h=1024, limits=Limits(max_pixels=1024 * 512))
+    assert "1024x1024 are more than this server's limit of 524288 pixels" in problems["w"]

@@ -316,7 +316,7 @@ def test_read_lora_states_the_true_error_when_it_reduces_the_rank(
         best = np.sqrt((values[limit:] ** 2).sum())
         lost = np.linalg.norm(delta_of(weights, layout, name).astype(np.float64) - delta)
         # float32 rows: rounding of 1e-7 a value beside an error of a tenth of the norm.
-        assert lost == pytest.approx(best, rel=1e-4, abs=1e-6 * np.linalg.norm(delta))
+        assert lost == pytest.approx(best, rel=1e-4, abs=1e-6 * float(np.linalg.norm(delta)))
 
 
 def test_read_lora_states_no_loss_when_a_wide_file_is_of_low_rank(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def _expected(seed: int, rank: int = 4) -> Any:
 
 # Two float32 products of rank 4 with values of 0.01: rounding is below 1e-8, zeros are off by
 # 1e-2, and half precision (11 bits) by 1e-5.
-CLOSE = {"rtol": 0, "atol": 1e-7}
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-7}
 
 
 def test_acquire_puts_the_sum_into_a_row_when_it_is_new(folder: Path) -> None:

@@ -301,7 +301,8 @@ def feeds_from_sequences(
     def at(arrays: Array | None, step: int, default: Array) -> Array:
         if arrays is None:
             return default
-        return arrays[min(step, len(arrays) - 1)]
+        chosen: Array = arrays[min(step, len(arrays) - 1)]
+        return chosen
 
     def stacked(arrays: list[Array]) -> Array:
         return np.ascontiguousarray(np.stack(arrays), np.float32)

@@ -102,9 +102,7 @@ class Denoiser:
         self._engine.close()
 
     def _acquire(self, inputs: Mapping[str, Array]) -> Answer:
-        loras = [
-            (str(name), float(weight)) for name, weight in json.loads(_text(inputs, "loras"))
-        ]
+        loras = [(str(name), float(weight)) for name, weight in json.loads(_text(inputs, "loras"))]
         number, warnings = self._desk.acquire(int(inputs["slots"][0]), loras)
         return {
             "ticket": np.array([number], np.int64),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class TritonPythonModel:
             except BaseException as error:
                 reply.fail(error)
             else:
-                future.add_done_callback(lambda done, reply=reply: self._answer(reply, done))
+                future.add_done_callback(partial(self._answer, reply))
 
     def finalize(self) -> None:
         """Answer what is still open and release the engine."""

@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 
 
 async def encode_prompts(run: Run, tokenizer: PromptTokenizer, prompts: list[str]) -> Floats:
-    """Return the text encoder's states (len(prompts), L, D); long prompts are cut with a warning."""
+    """Return the text encoder's states (n, L, D); long prompts are cut, with a warning."""
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     for tokens in encoded[1:]:
         if tokens.truncated:
@@ -69,9 +69,7 @@ def sample_posterior(run: Run, moments: tuple[Floats, Floats], stream: TorchNorm
 
 async def decode_latents(run: Run, latents: Floats) -> Floats:
     """Return the picture (H, W, 3) in [0, 1] of denoised latents (C, h, w)."""
-    outputs = await run.infer(
-        run.request.model.vae_decoder, {"latents": latents[None]}, ["image"]
-    )
+    outputs = await run.infer(run.request.model.vae_decoder, {"latents": latents[None]}, ["image"])
     picture = np.asarray(outputs["image"][0], np.float32).transpose(1, 2, 0)
     return np.clip(picture * np.float32(0.5) + np.float32(0.5), 0, 1)
 
@@ -130,9 +128,7 @@ async def denoise(
             inputs["mask"] = mask[part] if len(mask) > 1 else mask
             inputs |= {"known": known, "known_noise": known_noise}  # type: ignore[dict-item]
             inputs["known_step"] = table.known_step[part]
-        answer = await run.infer(
-            run.request.model.denoiser, inputs, ["next_sample", "next_memory"]
-        )
+        answer = await run.infer(run.request.model.denoiser, inputs, ["next_sample", "next_memory"])
         sample, memory = answer["next_sample"], answer["next_memory"]
         steps = len(table.timesteps[part])
         run.count("denoiser_steps", steps)

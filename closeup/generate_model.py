@@ -22,7 +22,7 @@ from closeup.images import encode_image
 from closeup.info import build_info, picture_parameters
 from closeup.lora_store import LoraStore
 from closeup.repository import Repository
-from closeup.request import Limits, Request, parse_options, resolve_request
+from closeup.request import Limits, Request, Served, parse_options, resolve_request
 from closeup.run import Array, Progress, Run, text_tensor
 from closeup.settings import read_settings
 from closeup.triton_glue import (
@@ -81,9 +81,7 @@ class GenerateModel:
             request = await asyncio.to_thread(self._resolve, inputs, parameters)
             run = self._start_run(request, reply)
             tokenizer = self._repository.tokenizer(request.model)
-            outcome = await generate(
-                run, tokenizer=tokenizer, upscaler=self._repository.upscaler
-            )
+            outcome = await generate(run, tokenizer=tokenizer, upscaler=self._repository.upscaler)
             run.check()
             reply.finish(await asyncio.to_thread(self._answer, run, outcome))
         except BaseException as error:
@@ -96,11 +94,13 @@ class GenerateModel:
         repository = self._repository
         return resolve_request(
             parse_options(values, parameters),
-            models=repository.models(),
-            known_lora=self._loras.known,
-            has_upscaler=repository.upscaler is not None,
-            has_face_detector=repository.face_detector is not None,
-            limits=Limits(max_pixels=self._settings.max_pixels),
+            served=Served(
+                models=repository.models(),
+                known_lora=self._loras.known,
+                has_upscaler=repository.upscaler is not None,
+                has_face_detector=repository.face_detector is not None,
+                limits=Limits(max_pixels=self._settings.max_pixels),
+            ),
             streaming=self.streaming,
         )
 

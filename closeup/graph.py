@@ -192,7 +192,8 @@ def latent_mask(mask: Pixels, shape: tuple[int, ...]) -> Floats:
         np.arange(side) * full // side for side, full in zip(shape, mask.shape, strict=True)
     )
     repainted = mask[np.ix_(rows, columns)].astype(np.float32) / 255 >= 0.5
-    return repainted.astype(np.float32)[None, None]
+    latent: Floats = repainted.astype(np.float32)[None, None]
+    return latent
 
 
 async def super_resolve_all(

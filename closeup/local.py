@@ -13,7 +13,7 @@ from closeup.engines import Engine, EngineOptions, open_engine
 from closeup.graph import Outcome, generate
 from closeup.lora_store import LoraStore
 from closeup.repository import Repository
-from closeup.request import Limits, Request, parse_options, resolve_request
+from closeup.request import Limits, Request, Served, parse_options, resolve_request
 from closeup.run import Array, Progress, Run
 from closeup.settings import Settings
 
@@ -78,11 +78,13 @@ class LocalModels:
         }
         return resolve_request(
             parse_options(values, {}),
-            models=self.repository.models(),
-            known_lora=self.loras.known,
-            has_upscaler=self.repository.upscaler is not None,
-            has_face_detector=self.repository.face_detector is not None,
-            limits=Limits(max_pixels=self.settings.max_pixels),
+            served=Served(
+                models=self.repository.models(),
+                known_lora=self.loras.known,
+                has_upscaler=self.repository.upscaler is not None,
+                has_face_detector=self.repository.face_detector is not None,
+                limits=Limits(max_pixels=self.settings.max_pixels),
+            ),
             streaming=True,
         )
 

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,23 +31,35 @@ from closeup.fields import (
     Field,
     Kind,
 )
-from closeup.images import decode_image, floats_from_pixels, pixels_from_floats, resize
+from closeup.images import ImageFormat, decode_image, floats_from_pixels, pixels_from_floats, resize
 from closeup.manifest import ModelManifest
-from closeup.prompt import LoraTag, parse_prompt
-from closeup.samplers import default_sampler
+from closeup.prompt import LoraTag, ParsedPrompt, parse_prompt
+from closeup.samplers import build_step_table, default_sampler
 
 Value = str | bytes | int | float | bool
 Options = Mapping[str, Value]
+Pixels = npt.NDArray[np.uint8]
 
 # Triton keeps these for itself; they are no fields of ours.
-RESERVED_PARAMETERS = ("binary_data_output", "headers", "priority", "sequence_", "timeout", "triton_")
+RESERVED_PARAMETERS = (
+    "binary_data_output",
+    "headers",
+    "priority",
+    "sequence_",
+    "timeout",
+    "triton_",
+)
 REQUEST_ID = "id"  # the request's own id arrives as a parameter too
 DEFAULT_DENOISING_STRENGTH = 0.8
 DEFAULT_HIRES_STRENGTH = 0.3
 DEFAULT_MAX_FACES = 32
+DEFAULT_FORMAT = "png"
+DEFAULT_QUALITY = 92
 DEFAULT_MIN_FACE_RATIO = 0.1
 _FILE_STARTS = (b"\x89PNG", b"\xff\xd8", b"RIFF")
 SIDE_FIELDS = ("w", "h")
+IMAGE_FIELDS = ("only_upscale", "mask_image", "denoising_strength")
+PAINT_FIELDS = ("mask_image", "denoising_strength", "w", "h", "ar", "aspect_ratio")
 FACE_FIELDS = (
     "face_prompt",
     "face_denoising_strength",
@@ -118,9 +130,9 @@ class Request:
     hires_strength: float
     inpaint_faces: bool
     faces: FaceOptions
-    image: npt.NDArray[np.uint8] | None
-    mask: npt.NDArray[np.uint8] | None
-    image_format: str
+    image: Pixels | None
+    mask: Pixels | None
+    image_format: ImageFormat
     image_quality: int
     raw: bool
     stages: bool
@@ -249,66 +261,49 @@ def _shown(value: Value) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def resolve_request(
-    options: Options,
-    *,
-    models: Mapping[str, ModelManifest],
-    known_lora: Callable[[str], bool],
-    has_upscaler: bool,
-    has_face_detector: bool,
-    limits: Limits,
-    streaming: bool,
-) -> Request:
-    """Fill in what the options leave open, for the model they name.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """What a server has, as far as requests must know.
 
-    Args:
-        options: from `parse_options`.
-        models: the served pipelines, the default first.
+    Attributes:
+        models: the pipelines, the default first.
         known_lora: whether a LoRA of this id is in the server's folder.
         has_upscaler: the repository has an `upscaler`.
         has_face_detector: the repository has a `face_detector`.
         limits: server options.
+    """
+
+    models: Mapping[str, ModelManifest]
+    known_lora: Callable[[str], bool]
+    has_upscaler: bool
+    has_face_detector: bool
+    limits: Limits = field(default_factory=Limits)
+
+
+def resolve_request(options: Options, *, served: Served, streaming: bool) -> Request:
+    """Fill in what the options leave open, for the model they name.
+
+    Args:
+        options: from `parse_options`.
+        served: what the server has.
         streaming: the request came to `generate_stream`.
 
     Raises:
         RequestError: one sentence for each field that does not fit the others or the model.
     """
-    problems = _Problems()
-    model = _model(options, models)
+    model = _model(options, served.models)
     parsed = parse_prompt(str(options["prompt"]))
     options = {**_typed_flags(parsed.flags), **options}
-    warnings: list[str] = []
-    mode = _mode(options, problems)
-    _check_loras(parsed.loras, model, known_lora, problems)
-    _check_toggles(options, problems, streaming)
-    inpaint_faces = bool(options.get("inpaint_faces", False))
-    super_resolution = bool(options.get("super_resolution", False)) or inpaint_faces
-    if inpaint_faces and options.get("super_resolution") is False:
-        warnings.append("inpaint_faces turned super_resolution on.")
-    if mode is Mode.UPSCALE and not super_resolution:
-        super_resolution = True
-    if super_resolution and not has_upscaler:
-        problems.add("super_resolution", "this server has no upscaler; export one or leave it out.")
-    if inpaint_faces and not has_face_detector:
-        problems.add("inpaint_faces", "this server has no face detector; export one.")
-    if not parsed.text.strip():
-        problems.add("prompt", "has no words beside its tags; add some.")
-    problems.raise_if_any()
-    image, mask = _pictures(options, limits)
-    width, height = _size(options, model, image, mode)
-    if width * height > limits.max_pixels:
-        problems.add("w", f"{width}x{height} are more than this server's limit of "
-                          f"{limits.max_pixels} pixels; ask for a smaller picture.")  # fmt: skip
-    problems.raise_if_any()
-    if image is not None and image.shape[:2] != (height, width):
-        image = _resized(image, (height, width))
-        mask = None if mask is None else _resized(mask, (height, width))
-    if options.get("image_format", "png") == "png" and "image_quality" in options:
-        warnings.append("image_quality has no effect on PNG.")
-    cfg_scale = float(_given(options, "cfg_scale", model.defaults.cfg_scale,
-                             model.facts.default_cfg_scale))  # fmt: skip
-    if cfg_scale <= 1 and options.get("negative_prompt"):
-        warnings.append("negative_prompt has no effect at cfg_scale 1 and below.")
+    mode = _mode(options)
+    _check_together(options, mode, streaming)
+    _check_served(options, mode, parsed, model, served)
+    image, mask, (width, height) = _canvas(options, mode, model, served.limits)
+    facts, defaults = model.facts, model.defaults
+    steps = int(_given(options, "steps", defaults.steps, facts.default_steps))
+    scheduler = str(
+        _given(options, "scheduler", defaults.scheduler, default_sampler(model.scheduler))
+    )
+    build_step_table(scheduler, model.scheduler, steps)  # refuses what the sampler cannot do
     return Request(
         mode=mode,
         model=model,
@@ -320,25 +315,45 @@ def resolve_request(
         seed=int(options["seed"]) if "seed" in options else secrets.randbelow(MAX_SEED + 1),
         width=width,
         height=height,
-        steps=int(_given(options, "steps", model.defaults.steps, model.facts.default_steps)),
-        cfg_scale=cfg_scale,
-        scheduler=str(_given(options, "scheduler", model.defaults.scheduler,
-                             default_sampler(model.scheduler))),
+        steps=steps,
+        cfg_scale=_cfg_scale(options, model),
+        scheduler=scheduler,
         strength=float(options.get("denoising_strength", DEFAULT_DENOISING_STRENGTH)),
-        super_resolution=super_resolution,
+        super_resolution=_wants_super_resolution(options, mode),
         hires_fix=bool(options.get("hires_fix", False)),
         hires_strength=float(options.get("hires_denoising_strength", DEFAULT_HIRES_STRENGTH)),
-        inpaint_faces=inpaint_faces,
+        inpaint_faces=bool(options.get("inpaint_faces", False)),
         faces=_face_options(options),
         image=image,
         mask=mask,
-        image_format=str(options.get("image_format", "png")),
-        image_quality=int(options.get("image_quality", 92)),
+        image_format=cast(ImageFormat, options.get("image_format", DEFAULT_FORMAT)),
+        image_quality=int(options.get("image_quality", DEFAULT_QUALITY)),
         raw=options.get("response_encoding") == "raw",
         stages=bool(options.get("stages", False)),
         previews=bool(options.get("previews", False)),
-        warnings=tuple(warnings),
-    )  # fmt: skip
+        warnings=_warnings(options, model),
+    )
+
+
+def _cfg_scale(options: Options, model: ModelManifest) -> float:
+    family = model.facts.default_cfg_scale
+    return float(_given(options, "cfg_scale", model.defaults.cfg_scale, family))
+
+
+def _wants_super_resolution(options: Options, mode: Mode) -> bool:
+    named = options.get("super_resolution") or options.get("inpaint_faces")
+    return bool(named) or mode is Mode.UPSCALE
+
+
+def _warnings(options: Options, model: ModelManifest) -> tuple[str, ...]:
+    warnings = []
+    if options.get("inpaint_faces") and options.get("super_resolution") is False:
+        warnings.append("inpaint_faces turned super_resolution on.")
+    if options.get("image_format", DEFAULT_FORMAT) == "png" and "image_quality" in options:
+        warnings.append("image_quality has no effect on PNG.")
+    if _cfg_scale(options, model) <= 1 and options.get("negative_prompt"):
+        warnings.append("negative_prompt has no effect at cfg_scale 1 and below.")
+    return tuple(warnings)
 
 
 def _given(options: Options, name: str, of_model: Value | None, of_family: Value) -> Value:
@@ -371,62 +386,98 @@ def _typed_flags(flags: Mapping[str, str]) -> dict[str, Value]:
     return typed
 
 
-def _mode(options: Options, problems: _Problems) -> Mode:
-    has_image = "input_image" in options
+def _mode(options: Options) -> Mode:
     if options.get("only_upscale"):
-        mode = Mode.UPSCALE
-    elif "mask_image" in options:
-        mode = Mode.INPAINT
-    else:
-        mode = Mode.IMAGE if has_image else Mode.TEXT
-    needs_image = "needs input_image; send one or leave {} out."
-    for name in ("only_upscale", "mask_image", "denoising_strength"):
-        if options.get(name) not in (None, False) and not has_image:
-            problems.add(name, needs_image.format(name))
-    if mode is Mode.UPSCALE:
-        for name in ("mask_image", "denoising_strength", "w", "h", "ar", "aspect_ratio"):
-            if name in options:
-                problems.add(name, "has no effect with only_upscale; leave it out.")
-        if int(options.get("num_images", 1)) != 1:
-            problems.add("num_images", "must be 1 with only_upscale.")
-    return mode
+        return Mode.UPSCALE
+    if "mask_image" in options:
+        return Mode.INPAINT
+    return Mode.IMAGE if "input_image" in options else Mode.TEXT
 
 
-def _check_toggles(options: Options, problems: _Problems, streaming: bool) -> None:
-    if options.get("hires_fix") and not (
-        options.get("super_resolution") or options.get("inpaint_faces")
-    ):
-        problems.add("hires_fix", "needs super_resolution; set super_resolution to true.")
-    if "hires_denoising_strength" in options and not options.get("hires_fix"):
-        problems.add("hires_denoising_strength", "needs hires_fix; set hires_fix to true.")
-    for name in FACE_FIELDS:
-        if name in options and not options.get("inpaint_faces"):
-            problems.add(name, "needs inpaint_faces; set inpaint_faces to true.")
-    if options.get("previews") and not streaming:
-        problems.add("previews", "needs generate_stream; leave it out of generate.")
-    if "aspect_ratio" in options and "ar" in options:
-        problems.add("ar", "is the older spelling of aspect_ratio; send one of the two.")
+def _check_together(options: Options, mode: Mode, streaming: bool) -> None:
+    """Refuse fields that have no effect beside the others: accepted options are used."""
+    has_image = "input_image" in options
+    upscaling = mode is Mode.UPSCALE
+    enlarging = _wants_super_resolution(options, mode)
+    useless = "has no effect with only_upscale; leave it out."
+    rules = (  # fields, whether they may be given, what to say otherwise
+        (IMAGE_FIELDS, has_image, "needs input_image; send one or leave it out."),
+        (PAINT_FIELDS, not upscaling, useless),
+        (("hires_fix",), enlarging, "needs super_resolution; set super_resolution to true."),
+        (
+            ("hires_denoising_strength",),
+            bool(options.get("hires_fix")),
+            "needs hires_fix; set hires_fix to true.",
+        ),
+        (
+            FACE_FIELDS,
+            bool(options.get("inpaint_faces")),
+            "needs inpaint_faces; set inpaint_faces to true.",
+        ),
+        (("previews",), streaming, "needs generate_stream; leave it out of generate."),
+        (
+            ("ar",),
+            "aspect_ratio" not in options,
+            "is the older spelling of aspect_ratio; send one of the two.",
+        ),
+    )
+    problems = _Problems()
+    for names, allowed, sentence in rules:
+        for name in names:
+            if not allowed and name in options and options[name] is not False:
+                problems.add(name, sentence)
+    if upscaling and int(options.get("num_images", 1)) != 1:
+        problems.add("num_images", "must be 1 with only_upscale.")
+    problems.raise_if_any()
 
 
-def _check_loras(
-    loras: tuple[LoraTag, ...],
-    model: ModelManifest,
-    known_lora: Callable[[str], bool],
-    problems: _Problems,
+def _check_served(
+    options: Options, mode: Mode, parsed: ParsedPrompt, model: ModelManifest, served: Served
 ) -> None:
-    if loras and model.lora is None:
-        problems.add("prompt", f"the model {model.name} was exported without LoRA inputs "
-                               "(--lora-rank 0); take the <lora:...> tags out.")  # fmt: skip
-        return
-    for tag in loras:
-        if not known_lora(tag.id):
-            problems.add("prompt", f"there is no LoRA {_shown(tag.id)} in the server's folder; "
-                                   "check the id or add the file.")  # fmt: skip
+    """Refuse what this server, or this model, does not have."""
+    problems = _Problems()
+    if parsed.loras and model.lora is None:
+        problems.add(
+            "prompt",
+            f"the model {model.name} was exported without LoRA inputs (--lora-rank 0); take the "
+            "<lora:...> tags out.",
+        )
+    for tag in parsed.loras:
+        if not served.known_lora(tag.id):
+            problems.add(
+                "prompt",
+                f"there is no LoRA {_shown(tag.id)} in the server's folder; check the id or add "
+                "the file.",
+            )
+    if not parsed.text.strip():
+        problems.add("prompt", "has no words beside its tags; add some.")
+    if _wants_super_resolution(options, mode) and not served.has_upscaler:
+        problems.add("super_resolution", "this server has no upscaler; export one or leave it out.")
+    if options.get("inpaint_faces") and not served.has_face_detector:
+        problems.add("inpaint_faces", "this server has no face detector; export one.")
+    problems.raise_if_any()
 
 
-def _pictures(
-    options: Options, limits: Limits
-) -> tuple[npt.NDArray[np.uint8] | None, npt.NDArray[np.uint8] | None]:
+def _canvas(
+    options: Options, mode: Mode, model: ModelManifest, limits: Limits
+) -> tuple[Pixels | None, Pixels | None, tuple[int, int]]:
+    """Return the input picture and the mask at the size to paint, and (width, height)."""
+    image, mask = _pictures(options, limits)
+    width, height = _size(options, model, image, mode)
+    if width * height > limits.max_pixels:
+        raise RequestError(
+            {
+                "w": f"{width}x{height} are more than this server's limit of "
+                f"{limits.max_pixels} pixels; ask for a smaller picture."
+            }
+        )
+    if image is not None and image.shape[:2] != (height, width):
+        image = _resized(image, (height, width))
+        mask = None if mask is None else _resized(mask, (height, width))
+    return image, mask, (width, height)
+
+
+def _pictures(options: Options, limits: Limits) -> tuple[Pixels | None, Pixels | None]:
     if "input_image" not in options:
         return None, None
     image = _decoded(options, "input_image", limits, "rgb")
@@ -441,18 +492,18 @@ def _pictures(
     return image, mask
 
 
-def _resized(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def _resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     return pixels_from_floats(resize(floats_from_pixels(pixels), size))
 
 
-def _decoded(options: Options, name: str, limits: Limits, mode: Any) -> npt.NDArray[np.uint8]:
+def _decoded(options: Options, name: str, limits: Limits, mode: Any) -> Pixels:
     data = options[name]
     assert isinstance(data, bytes)
     return decode_image(data, field=name, max_pixels=limits.max_input_pixels, mode=mode)
 
 
 def _size(
-    options: Options, model: ModelManifest, image: npt.NDArray[np.uint8] | None, mode: Mode
+    options: Options, model: ModelManifest, image: Pixels | None, mode: Mode
 ) -> tuple[int, int]:
     """Width and height before super-resolution: w/h, then the ratio, the picture, the model."""
     step = model.facts.size_step_px

@@ -156,7 +156,9 @@ class Run:
         """Add work to the current stage that was not known when it began."""
         self._total += steps
 
-    def advance(self, steps: int, *, image: int | None = None, preview: bytes | None = None) -> None:
+    def advance(
+        self, steps: int, *, image: int | None = None, preview: bytes | None = None
+    ) -> None:
         """Note finished work of the current stage and report it."""
         self._done += steps
         self._announce(image, preview)

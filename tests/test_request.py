@@ -15,7 +15,7 @@ from PIL import Image
 
 from closeup.errors import RequestError
 from closeup.fields import FIELDS, MAX_PROMPT_CHARACTERS
-from closeup.request import Limits, Mode, Request, parse_options, resolve_request
+from closeup.request import Limits, Mode, Request, Served, parse_options, resolve_request
 
 GOLDEN = {
     "prompt": "<lora:1795721:1.0> Surrounded by the natural beauty of a serene, wooded "
@@ -46,11 +46,13 @@ def resolve(
     }
     return resolve_request(
         parse_options(values, parameters or {}),
-        models={"toy": make_manifest()} if models is None else models,
-        known_lora=lambda name: name in ("1795721", "style"),
-        has_upscaler=has_upscaler,
-        has_face_detector=has_face_detector,
-        limits=limits or Limits(),
+        served=Served(
+            models={"toy": make_manifest()} if models is None else models,
+            known_lora=lambda name: name in ("1795721", "style"),
+            has_upscaler=has_upscaler,
+            has_face_detector=has_face_detector,
+            limits=limits or Limits(),
+        ),
         streaming=streaming,
     )
 
@@ -78,7 +80,9 @@ def png_bomb(side: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     data = zlib.compress(b"\0" * 1000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 def test_golden_request_resolves_word_for_word() -> None:
@@ -113,6 +117,7 @@ def test_golden_request_resolves_word_for_word() -> None:
         ({"cfg_scale": float("nan")}, "cfg_scale", "got nan; allowed are 0 to 15."),
         ({"seed": -1}, "seed", "got -1; allowed are 0 to 4294967295."),
         ({"seed": 2**32}, "seed", "allowed are 0 to 4294967295."),
+        ({"scheduler": "lcm", "steps": 50, "cfg_scale": 16.0}, "cfg_scale", "got 16"),
         ({"scheduler": "euler_b"}, "scheduler", "got 'euler_b' (did you mean euler_a?)"),
         ({"aspect_ratio": "2:1"}, "aspect_ratio", "allowed are 1:1, 16:9"),
         ({"ar": "1:1", "aspect_ratio": "1:1"}, "ar", "older spelling"),
@@ -130,7 +135,7 @@ def test_golden_request_resolves_word_for_word() -> None:
         ({"only_upscale": True}, "only_upscale", "needs input_image"),
         ({"input_image": b""}, "input_image", "is empty"),
         ({"input_image": b"!!not base64!!"}, "input_image", "neither a PNG, JPEG or WebP"),
-        ({"input_image": png(64, 64)[:90]}, "input_image", "cut off"),
+        ({"input_image": png(64, 64)[:90]}, "input_image", "cut short"),
         ({"input_image": png_bomb(40_000)}, "input_image", "1,600,000,000 pixels"),
         ({"input_image": base64.b64encode(b"hello world, no picture")}, "input_image", "no"),
         ({"input_image": png(64, 64), "mask_image": png(64, 72, "L")}, "mask_image",
@@ -286,12 +291,14 @@ def test_loras_are_refused_when_the_model_has_no_inputs_for_them() -> None:
 
 
 def test_super_resolution_and_faces_are_refused_when_the_repository_lacks_the_models() -> None:
-    assert "no upscaler" in refused(prompt="a", super_resolution=True, has_upscaler=False)[
-        "super_resolution"
-    ]
-    assert "no face detector" in refused(prompt="a", inpaint_faces=True, has_face_detector=False)[
-        "inpaint_faces"
-    ]
+    assert (
+        "no upscaler"
+        in refused(prompt="a", super_resolution=True, has_upscaler=False)["super_resolution"]
+    )
+    assert (
+        "no face detector"
+        in refused(prompt="a", inpaint_faces=True, has_face_detector=False)["inpaint_faces"]
+    )
 
 
 def test_pixels_are_limited_by_the_server_option() -> None:

@@ -12,12 +12,10 @@ and Young 1936 for the approximation.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +23,10 @@ import numpy.typing as npt
 from closeup.errors import RequestError
 from closeup.lora_files import FileError, StoredTensor, StoredTensors, read_safetensors
 from closeup.lora_keys import LayerNames, ModuleKeys, group_keys
+from closeup.lora_scales import Scales
 from closeup.manifest import LoraLayer, LoraLayout
 
 Floats = npt.NDArray[np.float32]
-
-_ADAPTER_METADATA = "lora_adapter_metadata"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -156,7 +153,7 @@ def balanced_rows(rows: Floats, layout: LoraLayout) -> Floats:
 def _weights_from_stored(name: str, stored: StoredTensors, layout: LoraLayout) -> LoraWeights:
     grouped = group_keys(stored.tensors)
     names = LayerNames(layout.layers)
-    scales = _Scales.from_metadata(stored.metadata)
+    scales = Scales.from_metadata(stored.metadata)
     factors: dict[int, _Factors] = {}
     for keys in grouped.denoiser:
         tensors = stored.tensors[str(keys.down)], stored.tensors[str(keys.up)]
@@ -219,7 +216,7 @@ def _layer_factors(
     layer: LoraLayer,
     tensors: tuple[StoredTensor, StoredTensor],
     alpha: float | None,
-    scales: _Scales,
+    scales: Scales,
 ) -> _Factors:
     rank = tensors[0].shape[0]
     down = tensors[0].floats().reshape(rank, layer.in_features).T
@@ -229,71 +226,6 @@ def _layer_factors(
     scale = scales.scale(layer.name, rank) if alpha is None else alpha / rank
     with np.errstate(over="ignore"):  # an overflow shows in the picture of this LoRA alone
         return _Factors(down=down, up=up * np.float32(scale))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Scales:
-    """Scales of layers that have no alpha of their own, from the file's header.
-
-    Attributes:
-        alpha: of all layers; None when the header says nothing.
-        patterns: of single layers: whole names (``^name``) or their last parts.
-        rank_stabilised: whether to divide by the root of the rank.
-    """
-
-    alpha: float | None = None
-    patterns: Mapping[str, float] = field(default_factory=dict)
-    rank_stabilised: bool = False
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> _Scales:
-        """Read what diffusers and PEFT write; anything else counts as nothing said."""
-        config = _adapter_config(metadata)
-        if config.get("use_dora"):
-            raise FileError("was trained as DoRA, which this server does not apply.")
-        alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern")
-        return cls(
-            alpha=float(alpha) if _is_number(alpha) else None,
-            patterns={
-                str(key): float(value) for key, value in patterns.items() if _is_number(value)
-            }
-            if isinstance(patterns, dict)
-            else {},
-            rank_stabilised=config.get("use_rslora") is True,
-        )
-
-    def scale(self, name: str, rank: int) -> float:
-        """Return alpha over rank (or its root) for the layer ``name`` of this rank."""
-        alpha = self.alpha
-        for pattern, value in self.patterns.items():
-            whole = pattern.removeprefix("^")
-            if name == whole or (whole == pattern and name.endswith("." + pattern)):
-                alpha = value
-                break
-        if alpha is None:
-            return 1.0
-        return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
-
-
-def _adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The denoiser's entries of the adapter metadata, without their prefix."""
-    try:
-        config = json.loads(metadata.get(_ADAPTER_METADATA, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(config, dict):
-        return {}
-    plain = {key: value for key, value in config.items() if "." not in key}
-    for prefix in ("unet.", "transformer."):
-        plain.update(
-            {key.removeprefix(prefix): value for key, value in config.items()
-             if key.startswith(prefix)}
-        )  # fmt: skip
-    return plain
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _packed(

@@ -147,6 +147,8 @@ def _write_raw(path: Path, header: Any, body: bytes = b"") -> Path:
         ({"unet.lora_alpha": 8, "unet.alpha_pattern": {f"^{ATTENTION}.to_q": 12}}, 3.0),
         ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"^attn1.to_q": 12}}, 2.0),
         ({"unet.lora_alpha": "much"}, 1.0),
+        ({"unet.lora_alpha": 10**400}, 1.0),
+        ({"unet.lora_alpha": float("nan")}, 1.0),
         (["not", "a", "table"], 1.0),
     ],
 )

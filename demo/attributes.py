@@ -265,9 +265,7 @@ def _sample_framing(random: np.random.Generator) -> Framing:
     return next((framing for limit, framing in limits if draw < limit), Framing.FACE)
 
 
-def _sample_backdrop(
-    random: np.random.Generator, framing: Framing
-) -> tuple[float, float, float]:
+def _sample_backdrop(random: np.random.Generator, framing: Framing) -> tuple[float, float, float]:
     """Horizon, zoom and blur that suit a framing."""
     if framing is Framing.FULL:
         return _uniform(random, 0.5, 0.62), 1.0, 0.0
@@ -279,9 +277,7 @@ def _sample_backdrop(
     return _uniform(random, 0.6, 1.1), zoom, (0.0, 0.015, 0.02)[int(random.integers(3))]
 
 
-def sample_scene(
-    seed: int, *, framing: Framing | None = None, people: int | None = None
-) -> Scene:
+def sample_scene(seed: int, *, framing: Framing | None = None, people: int | None = None) -> Scene:
     """Draw a scene from a seed.
 
     Args:

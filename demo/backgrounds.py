@@ -140,7 +140,9 @@ def _windows(back: _Backdrop, x: float, wide: float, tall: float, night: bool) -
     for row in range(int(tall / step) - 1):
         for place in range(3):
             lit = back.random.random() < 0.5
-            on, off = ((255, 214, 110), (52, 52, 86)) if night else ((196, 222, 240), (106, 126, 150))
+            on, off = (
+                ((255, 214, 110), (52, 52, 86)) if night else ((196, 222, 240), (106, 126, 150))
+            )
             left, top = x + column * (place + 0.25), back.horizon - tall + step * (row + 0.5)
             corner = (left + column * 0.5, top + step * 0.5)
             back.rectangle(left, top, *corner, on if lit else off)
@@ -260,7 +262,11 @@ def _room(back: _Backdrop) -> None:
     back.rectangle(shelf, top + z * 0.02, shelf + z * 0.14, top + z * 0.16, (120, 80, 54))
     picture: Colour = (200 + back.draw(-50, 40), 120 + back.draw(-60, 60), 110.0)
     back.rectangle(
-        shelf + z * 0.015, top + z * 0.035, shelf + z * 0.125, top + z * 0.145, picture,
+        shelf + z * 0.015,
+        top + z * 0.035,
+        shelf + z * 0.125,
+        top + z * 0.145,
+        picture,
         lighten(picture, 0.4),
     )
     back.ground((176, 124, 82), (134, 90, 58))
@@ -295,5 +301,3 @@ def tint_night(canvas: Canvas) -> None:
     """Cool the whole picture, people included."""
     tint = np.array([220, 225, 256], np.uint16)
     canvas.pixels = ((canvas.pixels * tint) >> 8).astype(np.uint8)
-
-

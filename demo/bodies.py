@@ -117,7 +117,12 @@ def _stripes(canvas: Canvas, outline: Points, colour: Colour) -> None:
 def _draw_dress(canvas: Canvas, person: Person, placement: Placement) -> None:
     cloth, wide, hem = CLOTH[person.top_colour], _shoulder(person), 6.8 + 1.4 * placement.hem
     left = [
-        [-0.45, 1.42], [-wide, 1.72], [-0.98, 2.9], [-0.82, 3.9], [-1.3, 5.4], [-1.95, hem],
+        [-0.45, 1.42],
+        [-wide, 1.72],
+        [-0.98, 2.9],
+        [-0.82, 3.9],
+        [-1.3, 5.4],
+        [-1.95, hem],
     ]
     right = [[-x, y] for x, y in reversed(left)]
     outline = spline([*left, [0, hem + 0.18], *right])

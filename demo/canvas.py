@@ -21,7 +21,7 @@ _SHIFT = 4
 
 
 def _quantised(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.round(values * 2**20) / 2**20
+    return np.asarray(np.round(values * 2**20) / 2**20)
 
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
@@ -60,9 +60,7 @@ def spline(points: object) -> Points:
     """A closed Catmull-Rom curve through (n, 2) points, seven points a piece."""
     knots = np.asarray(points, np.float64)
     shifted = [np.roll(knots, shift, 0) for shift in (1, 0, -1, -2)]
-    curve = sum(
-        basis[None] * knot[:, None] for basis, knot in zip(_BASIS, shifted, strict=True)
-    )
+    curve = sum(basis[None] * knot[:, None] for basis, knot in zip(_BASIS, shifted, strict=True))
     return np.asarray(curve).reshape(-1, 2)
 
 
@@ -276,10 +274,11 @@ def _ramp(
     across = (np.arange(x0, x1) - low[0]).astype(np.float32)
     down = (np.arange(y0, y1) - low[1]).astype(np.float32)
     if along == "y":
-        return (down / np.float32(tall))[:, None, None]
+        return np.asarray((down / np.float32(tall))[:, None, None])
     if along == "x":
-        return (across / np.float32(wide))[None, :, None]
+        return np.asarray((across / np.float32(wide))[None, :, None])
     reach = np.float32(max(wide, tall) * 0.62)
     across = (across - np.float32(wide * 0.4)) / reach
     down = (down - np.float32(tall * 0.4)) / reach
-    return np.minimum(1, (across * across)[None, :] + (down * down)[:, None])[..., None]
+    reached = (across * across)[None, :] + (down * down)[:, None]
+    return np.asarray(np.minimum(1, reached)[..., None], np.float32)

@@ -15,7 +15,7 @@ _OPENINGS: dict[Framing, tuple[str, ...]] = {
     Framing.PORTRAIT: ("a portrait photo of", "a portrait of"),
     Framing.FACE: ("a close up photo of", "a close up of the face of"),
 }
-_PLACES = {
+PLACE_WORDS = {
     "park": "in a park",
     "beach": "on a beach",
     "city": "in a city",
@@ -116,18 +116,20 @@ def describe_scene(scene: Scene, random: np.random.Generator) -> str:
     if len(people) > 1:
         caption += {2: "two people, ", 3: "three people, "}[len(people)]
     caption += _join(people)
-    return caption + (" " + _PLACES[scene.place] if _chance(random, 0.9) else "")
+    return caption + (" " + PLACE_WORDS[scene.place] if _chance(random, 0.9) else "")
 
 
 def vocabulary() -> set[str]:
     """Every word that the grammar can produce, and the extra ones."""
     from demo import attributes as world
 
-    words = set(EXTRA_WORDS) | set("a an and with wearing two three people man woman eyes hair".split())
+    words = set(EXTRA_WORDS) | set(
+        "a an and with wearing two three people man woman eyes hair".split()
+    )
     words |= set("glasses beard freckles mole earrings skin striped dress".split())
     for table in (world.HAIR, world.SKIN, world.CLOTH, world.EYES):
         words |= set(table)
     words |= {*world.STYLES, *world.EXPRESSIONS, *world.TOPS, *world.BOTTOMS}
-    phrases = [*_PLACES.values(), *_POSES.values(), CLOSE_UP.replace(",", "")]
+    phrases = [*PLACE_WORDS.values(), *_POSES.values(), CLOSE_UP.replace(",", "")]
     phrases += [opening for openings in _OPENINGS.values() for opening in openings]
     return words | {word for phrase in phrases for word in phrase.split()}

@@ -208,7 +208,14 @@ def _draw_eye(canvas: Canvas, person: Person, at: Features, side: int, gaze: flo
     x, y = at.yaw + side * at.eye_x, at.eye_y
     iris = EYES[person.other_eye] if side > 0 and person.other_eye else EYES[person.eyes]
     tall = 1.18 if person.expression == "surprised" else 1.0
-    white = [[-0.23, 0.02], [-0.12, -0.14], [0.12, -0.14], [0.23, 0.02], [0.11, 0.13], [-0.11, 0.13]]
+    white = [
+        [-0.23, 0.02],
+        [-0.12, -0.14],
+        [0.12, -0.14],
+        [0.23, 0.02],
+        [0.11, 0.13],
+        [-0.11, 0.13],
+    ]
     scale, place = np.array([1.0, tall]), np.array([x, y])
     opening = spline(np.array(white) * scale + place)
     canvas.polygon(opening, (222, 222, 230), (255, 255, 255))

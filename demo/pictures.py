@@ -21,9 +21,10 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from demo.attributes import Framing, Scene, sample_scene
+from demo.canvas import View
 from demo.captions import CLOSE_UP, describe_scene
 from demo.training import CACHE
-from demo.world import Picture, View, draw_scene, face_view
+from demo.world import Picture, draw_scene, face_view
 
 WORDINGS = 4
 MAX_FACES = 3
@@ -93,13 +94,16 @@ def _render_part(folder: Path, wanted: PictureSet, part: int, parts: int) -> Non
             lines.write(json.dumps([index, words]) + "\n")
 
 
+def _create(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
+    open_memmap(path, mode="w+", dtype=dtype, shape=shape)  # type: ignore[no-untyped-call]
+
+
 def render_pictures(folder: Path, wanted: PictureSet, workers: int) -> None:
     """Render a set with ``workers`` processes."""
     folder.mkdir(parents=True, exist_ok=True)
-    shape = (wanted.count, wanted.size, wanted.size, 3)
-    open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-    shape = (wanted.count, MAX_FACES, 14)
-    open_memmap(folder / "faces.npy", mode="w+", dtype=np.float32, shape=shape)
+    count, size = wanted.count, wanted.size
+    _create(folder / "images.npy", np.uint8, (count, size, size, 3))
+    _create(folder / "faces.npy", np.float32, (count, MAX_FACES, 14))
     parts = [
         Process(target=_render_part, args=(folder, wanted, part, workers))
         for part in range(workers)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 
 from demo.training import CACHE, WEIGHTS, Average, Run, Schedule, add_run_arguments, size_of
 
@@ -95,7 +96,7 @@ def vae_loss(vae: Any, pixels: torch.Tensor, kl_weight: float) -> tuple[torch.Te
 
 
 @torch.no_grad()
-def whiten(vae: Any, pictures: np.ndarray) -> None:
+def whiten(vae: Any, pictures: NDArray[np.uint8]) -> None:
     """Give the latents zero mean and unit spread per channel, exactly, inside the 1x1 convolutions.
 
     A UNet trained on even latents learns all four channels at the same noise levels.

@@ -128,7 +128,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.average.parameters, max_norm)
         self.optimizer.step()
         self.average.update(self.step)

@@ -142,15 +142,20 @@ def contact_sheet(columns: int = 8, size: int = 192) -> NDArray[np.uint8]:
         scenes = [sample_scene(seed, framing=framing, people=1) for seed in seeds]
         rows.append([draw_scene(scene, size=size).pixels for scene in scenes])
     groups = [
-        sample_scene(9000 + i, framing=(Framing.FULL, Framing.HALF, Framing.PORTRAIT)[i % 3],
-                     people=2 + i % 2)
+        sample_scene(
+            9000 + i,
+            framing=(Framing.FULL, Framing.HALF, Framing.PORTRAIT)[i % 3],
+            people=2 + i % 2,
+        )
         for i in range(columns)
     ]
     rows.append([draw_scene(scene, size=size).pixels for scene in groups])
     far = [sample_scene(seed, framing=Framing.FULL, people=1) for seed in range(columns)]
     rows.append(
-        [draw_scene(s, view=face_view(s, 0, 1.5 + i / 8), size=size).pixels
-         for i, s in enumerate(far)]
+        [
+            draw_scene(s, view=face_view(s, 0, 1.5 + i / 8), size=size).pixels
+            for i, s in enumerate(far)
+        ]
     )
     return np.concatenate([np.concatenate(row, 1) for row in rows])
 

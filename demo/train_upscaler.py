@@ -1,0 +1,150 @@
+"""Train the demo's x4 upscaler (SRVGGNetCompact) on drawn pictures and their VAE round trips.
+
+``python -m demo.train_upscaler --run demo/runs/upscaler --pictures demo/cache/train``
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from demo.training import (
+    CACHE,
+    WEIGHTS,
+    Average,
+    Run,
+    Schedule,
+    add_run_arguments,
+    save_half,
+    size_of,
+)
+from export.upscalers import SRVGGNetCompact
+
+FEATURES, CONVOLUTIONS, SCALE = 32, 6, 4
+_SHRINK = (cv2.INTER_AREA, cv2.INTER_LINEAR, cv2.INTER_CUBIC)
+
+
+def build_upscaler() -> SRVGGNetCompact:
+    """The untrained network: 70 k parameters, starting as a nearest-neighbour enlargement."""
+    model = SRVGGNetCompact(features=FEATURES, convolutions=CONVOLUTIONS, scale=SCALE)
+    last = model.body[-1]
+    assert isinstance(last, torch.nn.Conv2d)
+    assert last.bias is not None
+    with torch.no_grad():
+        last.weight.mul_(0.1)
+        last.bias.zero_()
+    return model
+
+
+class Pairs:
+    """Low and high resolution pairs: drawn pictures, shrunk, softened, with some noise.
+
+    Attributes:
+        images: (N, S, S, 3) uint8.
+    """
+
+    def __init__(self, folder: Path, side: int, seed: int) -> None:
+        self.images = np.load(folder / "images.npy", mmap_mode="r")
+        self.side = side
+        self.random = np.random.default_rng(seed)
+
+    def _shrink(self, image: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """What a generator's picture a quarter as large looks like."""
+        random = self.random
+        if random.random() < 0.5:
+            image = cv2.GaussianBlur(image, (0, 0), random.uniform(0.3, 1.6))
+        method = _SHRINK[int(random.integers(3))] if random.random() < 0.5 else cv2.INTER_AREA
+        size = self.side // SCALE
+        small = cv2.resize(image, (size, size), interpolation=method).astype(np.float64)
+        noise = random.normal(0, random.uniform(0, 4), small.shape)
+        return np.asarray(np.clip(small + noise, 0, 255))
+
+    def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(count, 3, s/4, s/4) and (count, 3, s, s) float32 in [0, 1]."""
+        low = np.empty((count, self.side // SCALE, self.side // SCALE, 3), np.float32)
+        high = np.empty((count, self.side, self.side, 3), np.float32)
+        limit = self.images.shape[1] - self.side
+        for row in range(count):
+            x, y = self.random.integers(0, limit + 1, 2)
+            picture = self.images[int(self.random.integers(len(self.images)))]
+            crop = np.ascontiguousarray(picture[y : y + self.side, x : x + self.side])
+            high[row], low[row] = crop, self._shrink(crop)
+        pair = [torch.from_numpy(part).permute(0, 3, 1, 2) / 255 for part in (low, high)]
+        return pair[0], pair[1]
+
+
+def upscaler_loss(enlarged: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Absolute error of pixels and of their differences to both sides."""
+    loss = (enlarged - wanted).abs().mean()
+    for axis in (2, 3):
+        edges = torch.diff(enlarged, dim=axis) - torch.diff(wanted, dim=axis)
+        loss = loss + 0.5 * edges.abs().mean()
+    return loss
+
+
+def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1]."""
+    return float(-10 * torch.log10(F.mse_loss(first.clamp(0, 1), second).detach()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_run_arguments(parser, steps=3000, batch=16)
+    parser.add_argument("--pictures", type=Path, default=CACHE / "train")
+    parser.add_argument("--out", type=Path, default=WEIGHTS / "upscaler.safetensors")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--side", type=int, default=128, help="of the large picture")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train and export."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    cv2.setNumThreads(1)
+    model = build_upscaler().to(options.device)
+    run = Run(
+        folder=options.run,
+        modules={"upscaler": model},
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.0, fused=True),
+        average=Average(model.parameters(), 0.98),
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+    if options.resume:
+        run.resume()
+    print(size_of(model), "from step", run.step, flush=True)
+    train(run, options)
+    metadata = {"architecture": "SRVGGNetCompact", "num_feat": FEATURES, "num_conv": CONVOLUTIONS}
+    save_half(model.state_dict(), options.out, metadata | {"upscale": SCALE, "act_type": "prelu"})
+
+
+def train(run: Run, options: argparse.Namespace) -> None:
+    """Optimize until the last step or minute; logs its PSNR beside bicubic's."""
+    pairs = Pairs(options.pictures, options.side, options.seed + run.step)
+    schedule = Schedule(
+        learning_rate=options.learning_rate, steps=options.steps, cooldown=options.steps * 3 // 4
+    )
+    end_s = time.monotonic() + 60 * options.minutes
+    while run.step < options.steps and time.monotonic() < end_s:
+        low, high = (part.to(options.device) for part in pairs.draw(options.batch))
+        enlarged = run.modules["upscaler"](low)
+        loss = upscaler_loss(enlarged, high)
+        run.advance(loss, schedule.at(run.step))
+        bicubic = F.interpolate(low, scale_factor=SCALE, mode="bicubic")
+        figures = {"psnr": psnr(enlarged, high), "bicubic": psnr(bicubic, high)}
+        run.note({"loss": float(loss.detach())} | figures, 100, options.batch)
+        if run.step % options.save_every == 0:
+            run.save()
+    run.save()
+
+
+if __name__ == "__main__":
+    main()

@@ -247,9 +247,9 @@ FIELDS: tuple[Field, ...] = (
         datatype="FP64",
         doc="Side of the repainted square over the face's.",
         default="the model's",
-        allowed="1 to 5",
-        minimum=1,
-        maximum=5,
+        allowed="1.2 to 4",
+        minimum=1.2,
+        maximum=4,
     ),
     Field(
         name="face_order",

@@ -15,6 +15,8 @@ from closeup_client.progress import stage_title
 from closeup_client.result import Result
 from closeup_client.served import Served
 
+_ACTIONS = {"repaint": "repainted", "skip": "skipped"}
+
 
 def print_result(console: Console, result: Result, files: Sequence[Path]) -> None:
     """Stages with milliseconds, one row a face, files written, warnings."""
@@ -43,6 +45,16 @@ def stage_table(timings_ms: Mapping[str, float]) -> Table:
     return table
 
 
+def face_result(face: Mapping[str, Any]) -> tuple[str, float | None]:
+    """What was done to a face, in words, and how strongly; None where nothing was."""
+    action = str(face.get("action") or "")
+    words = _ACTIONS.get(action, action)
+    if face.get("reason"):
+        words = f"{words}: {face['reason']}" if words else str(face["reason"])
+    strength = face.get("strength")
+    return words, None if strength is None or action == "skip" else float(strength)
+
+
 def face_table(faces: Sequence[tuple[int, Mapping[str, Any]]], *, several: bool) -> Table:
     """One row a face; `several` says whether the picture's index is worth a column."""
     heads = ["face", ">at", ">size", ">score", ">strength", "result"]
@@ -50,15 +62,14 @@ def face_table(faces: Sequence[tuple[int, Mapping[str, Any]]], *, several: bool)
     for image, face in faces:
         x0, y0, x1, y1 = (float(edge) for edge in face["box"])
         number = int(face.get("index", 0))
-        strength = face.get("strength")
-        done = [str(face[key]) for key in ("action", "reason") if face.get(key)]
+        words, strength = face_result(face)
         cells = [
             str(number),
             f"{x0:.0f}, {y0:.0f}",
             f"{x1 - x0:.0f} x {y1 - y0:.0f}",
             f"{float(face.get('score') or 0):.2f}",
-            "" if strength is None else f"{float(strength):.2f}",
-            escape(": ".join(done)),
+            "" if strength is None else f"{strength:.2f}",
+            escape(words),
         ]
         table.add_row(*([str(image), *cells] if several else cells))
     return table
@@ -69,7 +80,7 @@ def served_table(served: Served) -> Table:
     table = _table("name", "what", "state")
     for model in served.pipelines:
         text = model.state if model.ready else f"{model.state} {model.reason}".strip()
-        table.add_row(escape(model.name), "pipeline (request field model)", escape(text))
+        table.add_row(escape(model.name), "pipeline", escape(text))
     for name, state, use in (
         ("upscaler", served.upscaler, "super_resolution"),
         ("face_detector", served.face_detector, "inpaint_faces"),

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from closeup_client.report import face_result
 from closeup_client.result import Result
 
 MAX_FACES = 6
@@ -77,7 +78,8 @@ def sheet_from_result(result: Result, image: int = 0) -> bytes:
 
 
 def _layout(size: tuple[int, int], faces: int) -> _Layout:
-    scale = min(PANEL_SIZE[0] / size[0], PANEL_SIZE[1] / size[1], 2.0)
+    enlarged = max(2.0, 480 / max(size))  # small pictures grow, up to a readable size
+    scale = min(PANEL_SIZE[0] / size[0], PANEL_SIZE[1] / size[1], enlarged)
     panel = (max(round(size[0] * scale), 1), max(round(size[1] * scale), 1))
     content = max(2 * panel[0] + GAP, 640)
     columns = 1 if faces <= 1 else 2 if faces <= 4 else 3
@@ -210,14 +212,10 @@ def face_caption(face: Mapping[str, Any], number: int) -> tuple[str, str]:
     """Two lines under a face: number and size; what was done to it."""
     x0, y0, x1, y1 = _box(face)
     title = f"face {number}   {x1 - x0:.0f} x {y1 - y0:.0f} px"
-    action = str(face.get("action") or "")
-    parts = [action] if action else []
-    if face.get("strength") is not None and action != "skipped":
-        parts.append(f"strength {float(face['strength']):.2f}")
-    if face.get("score") is not None:
-        parts.append(f"score {float(face['score']):.2f}")
-    if face.get("reason"):
-        parts.append(str(face["reason"]))
+    words, strength = face_result(face)
+    parts = [words] if words else []
+    if strength is not None:
+        parts.append(f"strength {strength:.2f}")
     return title, ", ".join(parts)
 
 

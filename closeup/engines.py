@@ -90,6 +90,7 @@ class EngineOptions:
         graph_optimization: ONNX Runtime's level: ``disabled``, ``basic``, ``extended`` or ``all``.
         optimized_model_path: where ONNX Runtime writes the graph it made; None writes nothing.
         use_cuda: take the CUDA provider where it is present.
+        device_id: which CUDA device.
         keep_memory: keep the memory of one call for the next. False hands it back after every
             call: a smaller process, for engines that run seldom and need much.
     """
@@ -99,6 +100,7 @@ class EngineOptions:
     graph_optimization: str = "all"
     optimized_model_path: Path | None = None
     use_cuda: bool = True
+    device_id: int = 0
     keep_memory: bool = True
 
 
@@ -239,9 +241,9 @@ def _session_from_onnx(path: Path, options: EngineOptions) -> Any:
 
     ort.set_default_logger_severity(3)  # errors only: warnings name nodes, not what to do
     available = ort.get_available_providers()
-    providers = ["CPUExecutionProvider"]
+    providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
     if options.use_cuda and "CUDAExecutionProvider" in available:
-        providers.insert(0, "CUDAExecutionProvider")
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": options.device_id}))
     try:
         return ort.InferenceSession(
             str(path), sess_options=_make_session_options(options), providers=providers

@@ -64,6 +64,13 @@ def find_engine(model_dir: Path, file_name: str = "") -> Path:
     return path
 
 
+def is_complete(config: Mapping[str, Any]) -> bool:
+    """Whether a config says enough that the graph need not be opened to complete it."""
+    return bool(
+        int(config.get("max_batch_size", 0)) > 0 and config.get("input") and config.get("output")
+    )
+
+
 def complete_config(config: Mapping[str, Any], engine: Engine) -> Completion:
     """Work out what the config leaves out.
 
@@ -85,7 +92,7 @@ def complete_config(config: Mapping[str, Any], engine: Engine) -> Completion:
             f"max_batch_size is {size}, but tensor {fixed[0].name} is {fixed[0].describe()}: its "
             "first axis is fixed; set max_batch_size to 0 or export with a dynamic batch."
         )
-    listed = {item["name"]: item for key in ("input", "output") for item in config.get(key, ())}
+    listed = _listed_tensors(config)
     unknown = sorted(set(listed) - {spec.name for spec in tensors})
     if unknown:
         raise ModelError(
@@ -98,16 +105,39 @@ def complete_config(config: Mapping[str, Any], engine: Engine) -> Completion:
     )
     if size == 0 and not fixed and not full:
         size = DEFAULT_MAX_BATCH_SIZE
-    chosen = any(config.get(key) is not None for key in _SCHEDULERS)
     return Completion(
         max_batch_size=size,
-        dynamic_batching=size > 1 and not chosen,
+        dynamic_batching=needs_dynamic_batching(config, size),
         inputs=tuple(_tensor(spec, size) for spec in engine.inputs if spec.name not in listed),
         outputs=tuple(_tensor(spec, size) for spec in engine.outputs if spec.name not in listed),
     )
 
 
 _SCHEDULERS = ("dynamic_batching", "sequence_batching", "ensemble_scheduling")
+
+
+def needs_dynamic_batching(config: Mapping[str, Any], max_batch_size: int) -> bool:
+    """Whether a model that batches leaves the choice of its scheduler open."""
+    chosen = any(config.get(key) is not None for key in _SCHEDULERS)
+    return max_batch_size > 1 and not chosen
+
+
+def check_config(config: Mapping[str, Any], engine: Engine) -> None:
+    """Compare a completed config with the graph.
+
+    Raises:
+        ModelError: a tensor is in one of them only, or the config batches what the graph does not.
+    """
+    completion = complete_config(config, engine)
+    for tensor in (*completion.inputs, *completion.outputs):
+        raise ModelError(
+            f"config.pbtxt lists tensors but not {tensor['name']}, which the graph has; list all "
+            "or none."
+        )
+
+
+def _listed_tensors(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {item["name"]: item for key in ("input", "output") for item in config.get(key, ())}
 
 
 def _tensor(spec: TensorSpec, max_batch_size: int) -> dict[str, Any]:

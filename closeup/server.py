@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
@@ -41,6 +42,8 @@ from closeup.server_options import (
     variables_from_options,
 )
 from closeup.server_regions import Region, clear_dead_regions, create_region, region_exists
+
+__all__ = ["EmbeddedServer", "ServerOptions", "error_from_log", "main"]
 
 _LOGGER = logging.getLogger(__name__)
 _POLL_S = 0.05
@@ -111,9 +114,8 @@ class EmbeddedServer:
         guard, self._guard = self._guard, None
         if guard is None:
             return
-        if guard.stdin is not None:
-            guard.stdin.close()
-        guard.wait()
+        with contextlib.suppress(BrokenPipeError):
+            guard.communicate(b"stop")
         # Does something only where the guard was killed; then the server's processes end within
         # a second or two, and until then hold their locks.
         deadline = time.monotonic() + _CLEAR_S
@@ -134,6 +136,20 @@ class EmbeddedServer:
         region = create_region()
         self._region_name = region.name
         self.log_path = options.log_path or region.folder / "server.log"
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.log_path.write_bytes(b"")
+        # Opened before the start: the guard may remove it before its end is told.
+        with self.log_path.open(encoding="utf-8", errors="replace") as log:
+            self._spawn_guard(options, installation, region)
+            try:
+                self._wait_until_ready(options, log)
+            except BaseException:
+                self.stop()
+                raise
+
+    def _spawn_guard(
+        self, options: ServerOptions, installation: Installation, region: Region
+    ) -> None:
         try:
             self._guard = _spawn_guard(options, installation, region, self.log_path)
         except BaseException:
@@ -145,13 +161,6 @@ class EmbeddedServer:
         self.http_url = f"{options.host}:{options.http_port}"
         self.grpc_url = f"{options.host}:{options.grpc_port}"
         self.metrics_url = f"http://{options.host}:{options.metrics_port}/metrics"
-        # Opened now: the guard removes the server's folder before its end can be told.
-        with self.log_path.open(encoding="utf-8", errors="replace") as log:
-            try:
-                self._wait_until_ready(options, log)
-            except BaseException:
-                self.stop()
-                raise
 
     def _wait_until_ready(self, options: ServerOptions, log: TextIO) -> None:
         started = time.monotonic()
@@ -166,7 +175,7 @@ class EmbeddedServer:
                     f"log:\n{cut_tail(log.read())}"
                 )
             time.sleep(_POLL_S)
-        raise _error_from_log(log.read())
+        raise error_from_log(log.read())
 
 
 class _PortLostError(ServerError):
@@ -185,8 +194,7 @@ def _spawn_guard(
         "lock_fds": region.lock_fds,
         "grace_s": options.exit_timeout_s + 5,
     }
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("wb") as log:
+    with log_path.open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-I", "-S", str(Path(server_guard.__file__)), json.dumps(job)],
             stdin=subprocess.PIPE,
@@ -210,8 +218,8 @@ def _is_ready(options: ServerOptions) -> bool:
         connection.close()
 
 
-def _error_from_log(log: str) -> ServerError:
-    """The error of a server that ended while it was to start."""
+def error_from_log(log: str) -> ServerError:
+    """The error of a server that ended while it was to start, made from its log's text."""
     reason = find_reason(log)
     kind = _PortLostError if "already in use" in reason else ServerError
     return kind(f"The server did not start: {reason}\nThe end of its log:\n{cut_tail(log)}")

@@ -2,8 +2,9 @@
 
 Run as a script by :mod:`closeup.server` (standard library only, isolated interpreter). It starts
 the server as its child and watches its own standard input, a pipe whose other end the program
-holds: when that end closes, because the program asked for it or because it died in whatever way,
-the server is stopped and its files are removed. Should the guard itself be
+holds. When a byte comes the server is stopped in order, its running requests first; when the pipe
+closes without one, the program has died in whatever way and the server is killed. Either way its
+files are removed. Should the guard itself be
 killed, the kernel kills the server (``PR_SET_PDEATHSIG``; safe here, since it is tied to the
 thread that forks and the guard has only one).
 """
@@ -54,14 +55,21 @@ def _make_death_signal(libc: ctypes.CDLL) -> Callable[[], None]:
 
 
 def _stop_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
-    """End the child, then whatever is left of its process group, and reap it all."""
-    if child.poll() is None:
+    """End the child, then whatever is left of its process group, and reap it all.
+
+    Args:
+        child: the leader of its group.
+        grace_s: how long it may take to end by itself; 0 kills it at once.
+    """
+    if child.poll() is None and grace_s > 0:
         child.terminate()
         try:
             child.wait(timeout=grace_s)
         except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+            pass
+    if child.poll() is None:
+        child.kill()
+        child.wait()
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         try:
@@ -74,13 +82,18 @@ def _stop_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
         time.sleep(0.01)
 
 
-def _wait(child: subprocess.Popen[bytes], program: int, asked: list[bool]) -> None:
-    """Return when the child has ended, the program has gone, or a signal asked to stop."""
+def _wait(child: subprocess.Popen[bytes], program: int, asked: list[bool]) -> bool:
+    """Wait until the child has ended, the program has gone, or someone asked to stop.
+
+    Returns:
+        Whether the child may take its time to stop.
+    """
     # The parent's id is asked too: a process forked from the program may hold the pipe open.
     while child.poll() is None and not asked and os.getppid() == program:
         readable, _, _ = select.select([sys.stdin], [], [], _POLL_S)
         if readable:
-            return
+            return bool(os.read(sys.stdin.fileno(), 1))
+    return bool(asked)
 
 
 def main(argument: str) -> int:
@@ -109,12 +122,14 @@ def main(argument: str) -> int:
         stdin=subprocess.DEVNULL,
         start_new_session=True,
         pass_fds=job["lock_fds"],
-        preexec_fn=_make_death_signal(libc),  # noqa: PLW1509 - one thread only
+        preexec_fn=_make_death_signal(libc),
     )
+    grace_s = 0.0
     try:
-        _wait(child, program, asked)
+        if _wait(child, program, asked):
+            grace_s = float(job["grace_s"])
     finally:
-        _stop_group(child, float(job["grace_s"]))
+        _stop_group(child, grace_s)
         remove_shared_memory(job["region"])
         remove_folder(Path(job["folder"]))
     return child.returncode if child.returncode >= 0 else 128 - child.returncode

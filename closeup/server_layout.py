@@ -6,11 +6,11 @@ into a folder per server, beside this project's own backends.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping
@@ -125,14 +125,15 @@ def _find_libpython(version: str) -> Path:
         folder = sysconfig.get_config_var(variable)
         if folder and (Path(folder) / name).is_file():
             return Path(folder) / name
-    try:
-        ctypes.CDLL(name)
-    except OSError:
+    # Tried in another process: a second libpython has no place in this one.
+    probe = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
+    command = [sys.executable, "-I", "-S", "-c", probe, name]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
         raise ServerError(
             f"The embedded server needs {name}, which neither this Python nor the system has; "
             f"install it (Debian, Ubuntu: apt install libpython{version}) or use a Python built "
             "with --enable-shared."
-        ) from None
+        )
     return Path(name)
 
 

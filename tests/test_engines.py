@@ -1,3 +1,5 @@
+"""The engine wrapper over ONNX Runtime."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -5,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from closeup.engines import EngineOptions, TensorSpec, count_threads, open_engine
+from closeup.engines import Array, EngineOptions, TensorSpec, count_threads, open_engine
 from closeup.errors import ModelError
 from tests.triton_fixtures import save_double, save_lookup
 
@@ -53,7 +55,7 @@ def test_run_doubles_when_graph_doubles(
 )
 def test_run_names_model_tensor_and_shapes_when_feeds_are_wrong(
     double_path: Path,
-    feeds: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]],
+    feeds: dict[str, Array],
     text: str,
 ) -> None:
     engine = open_engine(double_path)

@@ -1,3 +1,5 @@
+"""The Python-based onnxruntime backend, without and with the server."""
+
 from __future__ import annotations
 
 import threading
@@ -12,7 +14,14 @@ from tritonclient.utils import InferenceServerException
 
 from closeup.engines import Array, TensorSpec, open_engine
 from closeup.errors import ModelError
-from closeup.onnx_serving import complete_config, find_engine, run_requests, triton_type
+from closeup.onnx_serving import (
+    check_config,
+    complete_config,
+    find_engine,
+    is_complete,
+    run_requests,
+    triton_type,
+)
 from closeup.server import EmbeddedServer, ServerOptions
 from tests.triton_fixtures import make_input, make_repository, save_double, save_lookup
 
@@ -120,6 +129,17 @@ def test_complete_config_raises_when_config_and_graph_contradict() -> None:
         complete_config({"max_batch_size": 8}, CountingEngine(first_axis=1))
     with pytest.raises(ModelError, match="lists a tensor q that the graph does not have"):
         complete_config({"input": [{"name": "q", "dims": [1]}]}, CountingEngine())
+
+
+def test_check_config_raises_when_only_some_tensors_are_listed() -> None:
+    x = {"name": "x", "data_type": "TYPE_FP32", "dims": [-1]}
+    y = {"name": "y", "data_type": "TYPE_FP16", "dims": [2, -1]}
+    whole = {"max_batch_size": 2, "input": [x], "output": [y]}
+    check_config(whole, CountingEngine())
+    assert is_complete(whole)
+    assert not is_complete({"max_batch_size": 2, "input": [x]})
+    with pytest.raises(ModelError, match="lists tensors but not y"):
+        check_config({"max_batch_size": 2, "input": [x]}, CountingEngine())
 
 
 def test_triton_type_names_every_dtype_when_asked() -> None:

@@ -47,8 +47,9 @@ class TritonPythonModel:
             text = np.array([json.dumps(info).encode()], dtype=object)
             response = pb_utils.InferenceResponse([pb_utils.Tensor("info", text)])
         except BaseException as error:
+            code = pb_utils.TritonError.UNAVAILABLE
             response = pb_utils.InferenceResponse(
-                error=pb_utils.TritonError(f"UNAVAILABLE: {error}", pb_utils.TritonError.UNAVAILABLE)
+                error=pb_utils.TritonError(f"UNAVAILABLE: {error}", code)
             )
         sender.send(response, flags=FINAL)
 

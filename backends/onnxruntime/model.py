@@ -14,12 +14,18 @@ import triton_python_backend_utils as pb_utils
 
 from closeup.engines import Engine, EngineOptions, open_engine
 from closeup.errors import CloseupError
-from closeup.onnx_serving import complete_config, find_engine, run_requests
+from closeup.onnx_serving import (
+    check_config,
+    complete_config,
+    find_engine,
+    is_complete,
+    needs_dynamic_batching,
+    run_requests,
+)
 
 
-def _open(config: dict[str, Any], *, quick: bool = False) -> Engine:
+def _open(config: dict[str, Any], options: EngineOptions) -> Engine:
     path = find_engine(Path(pb_utils.get_model_dir()), config.get("default_model_filename", ""))
-    options = EngineOptions(graph_optimization="disabled") if quick else EngineOptions()
     return open_engine(path, options=options)
 
 
@@ -30,8 +36,14 @@ class TritonPythonModel:
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
         """Fill in what the config leaves out, from the graph."""
         config = auto_complete_model_config.as_dict()
+        if is_complete(config):
+            if needs_dynamic_batching(config, config["max_batch_size"]):
+                auto_complete_model_config.set_dynamic_batching()
+            return auto_complete_model_config
         try:
-            completion = complete_config(config, _open(config, quick=True))
+            # Nothing runs here, so nothing is optimised.
+            quick = EngineOptions(graph_optimization="disabled", use_cuda=False)
+            completion = complete_config(config, _open(config, quick))
         except CloseupError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         auto_complete_model_config.set_max_batch_size(completion.max_batch_size)
@@ -46,11 +58,21 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Open the engine."""
         config = json.loads(args["model_config"])
+        options = EngineOptions(
+            use_cuda=args["model_instance_kind"] == "GPU",
+            device_id=int(args["model_instance_device_id"]),
+        )
         try:
-            self._engine = _open(config)
+            self._engine = _open(config, options)
+            check_config(config, self._engine)
         except CloseupError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         self._batched = int(config["max_batch_size"]) > 0
+        if sum(group.get("count", 1) for group in config.get("instance_group", ())) > 1:
+            pb_utils.Logger.log_warn(
+                f"{args['model_instance_name']}: every instance is a process with its own copy of "
+                "the weights; write instance_group [ { count: 1 } ] to have one."
+            )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all requests, together where their shapes agree."""

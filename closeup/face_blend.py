@@ -6,14 +6,19 @@ repainted together and pasted in any order. Only pixels under a mask are ever wr
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from closeup.face_geometry import FaceCrop, extract, paste
+from closeup.face_geometry import FaceCrop, FaceShape, extract, paste
 from closeup.faces import FacePlan
 from closeup.images import Floats, Pixels, floats_from_pixels, pixels_from_floats, resize
 
+# Masks are drawn at up to this many pixels a side, colours are fitted at up to that many.
+_MASK_PX, _FIT_PX = 256, 128
 # Below this a mask changes no byte: half a step of 255.
 _MASK_FLOOR = 1.0 / 510.0
 # Over this share of the crop's side its mask fades out, where the crop ends inside the picture.
@@ -36,24 +41,35 @@ def face_mask(plan: FacePlan) -> Floats:
         (work, work) float32 in [0, 1]: 1 in the face, 0 around it, 0 where another face is
         nearer, and 0 at every edge of the crop that lies inside the picture.
     """
-    x, y = _grid(plan)
+    # A mask is smooth: what is drawn at this size loses nothing by being enlarged.
+    drawn_px = min(plan.work_px, _MASK_PX)
+    x, y = _grid(plan.crop, drawn_px)
     own = plan.shape.distance(x, y)
-    feather = np.float32(max(plan.feather_px, plan.crop.side / plan.work_px))
+    feather = np.float32(max(plan.feather_px, plan.crop.side / drawn_px))
     mask = _smooth(0.5 - own / feather)
     for other in plan.neighbours:
-        mask *= _smooth((other.distance(x, y) - own) / feather)
-    mask *= _edge_fade(plan)
+        if _may_touch(plan.shape, other, float(feather)):
+            mask *= _smooth((other.distance(x, y) - own) / feather)
+    mask *= _edge_fade(plan, drawn_px)
+    mask = resize(mask, (plan.work_px, plan.work_px), how="linear")
     mask[mask < _MASK_FLOOR] = 0.0
     return mask
 
 
-def _grid(plan: FacePlan) -> tuple[Floats, Floats]:
-    """Return where the pixels of the crop lie in the picture, two (work, work) float32, px."""
-    steps = np.arange(plan.work_px) + 0.5
+def _grid(crop: FaceCrop, size_px: int) -> tuple[Floats, Floats]:
+    """Return where the pixels of a crop lie in the picture, two (size, size) float32, px."""
+    steps = np.arange(size_px) + 0.5
     column, row = np.meshgrid(steps, steps)
-    ((a, b, c), (d, e, f)) = plan.crop.affine(plan.work_px)
+    ((a, b, c), (d, e, f)) = crop.affine(size_px)
     x, y = a * column + b * row + c, d * column + e * row + f
     return x.astype(np.float32), y.astype(np.float32)
+
+
+def _may_touch(shape: FaceShape, other: FaceShape, feather: float) -> bool:
+    """Tell, generously, whether another face can be nearer anywhere in this one's mask."""
+    apart = math.hypot(shape.center[0] - other.center[0], shape.center[1] - other.center[1])
+    reach = shape.half_width + shape.half_height + other.half_width + other.half_height
+    return apart < reach + 4 * feather
 
 
 def _smooth(t: Floats) -> Floats:
@@ -62,9 +78,9 @@ def _smooth(t: Floats) -> Floats:
     return smooth
 
 
-def _edge_fade(plan: FacePlan) -> Floats:
+def _edge_fade(plan: FacePlan, size_px: int) -> Floats:
     """Return 1 inside the crop, falling to 0 at its edges unless the picture ends there too."""
-    work, crop = plan.work_px, plan.crop
+    crop = plan.crop
     height, width = plan.image_size
     half = crop.side / 2
     open_edges = [True] * 4
@@ -76,8 +92,8 @@ def _edge_fade(plan: FacePlan) -> Floats:
             crop.center[1] + half < height,
         ]
     # The outermost pixel is 0, so that no resampling carries the mask over the edge.
-    rise = _smooth((np.arange(work, dtype=np.float32)) / np.float32(_EDGE_FADE * work))
-    flat = np.ones(work, np.float32)
+    rise = _smooth(np.arange(size_px, dtype=np.float32) / np.float32(_EDGE_FADE * size_px))
+    flat = np.ones(size_px, np.float32)
     left, right, top, bottom = (rise if is_open else flat for is_open in open_edges)
     fade: Floats = (top * bottom[::-1])[:, None] * (left * right[::-1])[None, :]
     return fade
@@ -121,30 +137,31 @@ def differential_masks(mask: Floats, num_steps: int) -> Floats:
     return free.astype(np.float32)
 
 
-def fit_colour(patch: Floats, original: Floats, mask: Floats) -> Floats:
-    """Give a repainted patch the colours of the picture around it.
+def fit_colour(patch: Floats, original: Floats, mask: Floats) -> tuple[Floats, Floats]:
+    """Measure how a repainted patch must be recoloured to match the picture around it.
 
     On the ring just outside the mask both show the same thing, so what differs there is the
     autoencoder's and the sampler's colour shift. A gain and a bias a channel are fitted to it by
-    least squares on smoothed values, outliers dropped, both bounded.
+    least squares on smoothed values, outliers dropped, both bounded. Meant for small patches
+    (128 px do): colour is what stays when detail is gone.
 
     Args:
-        patch: (work, work, 3) float32 in [0, 1].
-        original: the same crop before, (work, work, 3) float32 in [0, 1].
-        mask: (work, work) float32 in [0, 1].
+        patch: (n, n, 3) float32 in [0, 1].
+        original: the same crop before, (n, n, 3) float32 in [0, 1].
+        mask: (n, n) float32 in [0, 1].
 
     Returns:
-        The patch corrected, (work, work, 3) float32 in [0, 1]; unchanged where no ring is left.
+        The gain, (3,) float32 in [0.8, 1.25], and the bias, (3,) float32 in [-0.15, 0.15]:
+        recoloured = patch * gain + bias. 1 and 0 where hardly any ring is left.
     """
+    gain, bias = np.ones(3, np.float32), np.zeros(3, np.float32)
     ring = _ring(mask)
     if int(ring.sum()) < _MIN_RING_PIXELS:
-        return patch
+        return gain, bias
     before, after = _smoothed(patch, ring), _smoothed(original, ring)
-    fitted = np.empty_like(patch)
-    for channel in range(patch.shape[2]):
-        gain, bias = _fit_line(before[:, channel], after[:, channel])
-        fitted[:, :, channel] = patch[:, :, channel] * np.float32(gain) + np.float32(bias)
-    return np.clip(fitted, 0.0, 1.0, out=fitted)
+    for channel in range(3):
+        gain[channel], bias[channel] = _fit_line(before[:, channel], after[:, channel])
+    return gain, bias
 
 
 def _ring(mask: Floats) -> npt.NDArray[np.bool_]:
@@ -204,22 +221,30 @@ def blend(image: Floats, patch: Floats, crop: FaceCrop, mask: Floats) -> Floats:
 
 
 def blend_pixels(pixels: Pixels, patch: Floats, crop: FaceCrop, mask: Floats) -> Pixels:
-    """Paste a repainted face into a picture of bytes.
+    """Paste one repainted face into a picture of bytes: :func:`blend_faces` with one face."""
+    return blend_faces(pixels, [(patch, crop, mask)])
+
+
+def blend_faces(pixels: Pixels, repaints: Sequence[tuple[Floats, FaceCrop, Floats]]) -> Pixels:
+    """Paste repainted faces into a picture of bytes.
+
+    Each face is matched to the picture as it was before any of them, so their order decides
+    nothing but the few pixels that two masks share by interpolation, at under 2 %.
 
     Args:
-        pixels: (H, W, 3) uint8 RGB.
-        patch: (work, work, 3) float32 in [0, 1], as the model painted it.
-        crop: the square it was cut by.
-        mask: (work, work) float32 in [0, 1].
+        pixels: (H, W, 3) uint8 RGB; left as it is.
+        repaints: of each face the patch as the model painted it, (work, work, 3) float32 in
+            [0, 1], the square it was cut by, and its mask, (work, work) float32 in [0, 1].
 
     Returns:
-        A new picture, (H, W, 3) uint8; every byte where the mask is 0 is the old one.
+        A new picture, (H, W, 3) uint8; every byte where all masks are 0 is the old one.
     """
     blended = pixels.copy()
-    region = crop.region((pixels.shape[0], pixels.shape[1]))
-    part = floats_from_pixels(pixels[region])
-    mixed, changed = _mix(part, patch, _relative(crop, region), mask)
-    blended[region][changed] = pixels_from_floats(mixed)[changed]
+    for patch, crop, mask in repaints:
+        region = crop.region((pixels.shape[0], pixels.shape[1]))
+        part = floats_from_pixels(pixels[region])
+        mixed, changed = _mix(part, patch, _relative(crop, region), mask)
+        blended[region][changed] = pixels_from_floats(mixed)[changed]
     return blended
 
 
@@ -236,9 +261,11 @@ def _mix(
         The part blended, and where its pixels may differ.
     """
     size = (part.shape[0], part.shape[1])
-    fitted = fit_colour(patch, extract(part, crop, patch.shape[0]), mask)
+    fit_px = min(patch.shape[0], _FIT_PX)
+    small = (fit_px, fit_px)
+    gain, bias = fit_colour(resize(patch, small), extract(part, crop, fit_px), resize(mask, small))
     alpha, _ = paste(mask, crop, size)
     # Traces that change no byte are not worth a write.
     alpha = np.where(alpha < _MASK_FLOOR, np.float32(0.0), alpha)
-    placed, _ = paste(fitted, crop, size)
+    placed = np.clip(paste(patch, crop, size)[0] * gain + bias, 0.0, 1.0)
     return part + alpha[:, :, None] * (placed - part), alpha > 0

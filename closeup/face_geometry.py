@@ -175,7 +175,8 @@ def face_crop(
 
     It is moved inward at borders. In a picture smaller than the square, the square shrinks to the
     picture's short side; a turned one shrinks until its corners are inside, but not below 1.25
-    times the face.
+    times the face. Where a turned square would have to leave the face to stay inside, in the
+    picture's corners, it stays straight.
 
     Args:
         face: as detected.
@@ -186,9 +187,15 @@ def face_crop(
     short = min(image_size)
     side = min(max(crop_factor * face.side, MIN_CROP_PX), short)
     angle = face_angle_deg(face) if upright else 0.0
-    if abs(angle) <= UPRIGHT_WITHIN_DEG:
-        return _upright_crop(face.center, round(side), image_size)
-    extent = _extent(angle)
+    if abs(angle) > UPRIGHT_WITHIN_DEG:
+        turned = _turned_crop(face, side, angle, image_size)
+        if _shows(turned, face):
+            return turned
+    return _straight_crop(face.center, round(side), image_size)
+
+
+def _turned_crop(face: Face, side: float, angle: float, image_size: tuple[int, int]) -> FaceCrop:
+    short, extent = min(image_size), _extent(angle)
     side = min(side, max(short / extent, min(1.25 * face.side, short)))
     reach = side * extent / 2
     x, y = (
@@ -198,7 +205,16 @@ def face_crop(
     return FaceCrop(center=(x, y), side=side, angle_deg=angle)
 
 
-def _upright_crop(center: Point, side: int, image_size: tuple[int, int]) -> FaceCrop:
+def _shows(crop: FaceCrop, face: Face) -> bool:
+    """Tell whether a turned square still holds the better part of a face."""
+    angle = math.radians(crop.angle_deg)
+    dx, dy = face.center[0] - crop.center[0], face.center[1] - crop.center[1]
+    u = abs(math.cos(angle) * dx + math.sin(angle) * dy)
+    v = abs(math.cos(angle) * dy - math.sin(angle) * dx)
+    return max(u, v) + 0.35 * face.side <= crop.side / 2
+
+
+def _straight_crop(center: Point, side: int, image_size: tuple[int, int]) -> FaceCrop:
     left = min(max(round(center[0] - side / 2), 0), image_size[1] - side)
     top = min(max(round(center[1] - side / 2), 0), image_size[0] - side)
     return FaceCrop(center=(left + side / 2, top + side / 2), side=float(side), angle_deg=0.0)

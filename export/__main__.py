@@ -1,0 +1,128 @@
+"""The command line of the export."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from closeup.errors import ExportError
+from closeup.manifest import Defaults
+from export.options import (
+    ExportOptions,
+    ModelFacts,
+    Precision,
+    check_options,
+    file_fingerprint,
+    pipeline_fingerprint,
+    read_folder_facts,
+    resolve_folder,
+)
+from export.repository import is_unchanged
+
+
+def parse_options(arguments: Sequence[str]) -> ExportOptions:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m export", description="Export a diffusers pipeline for serving."
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="pipeline folder in diffusers layout, or hub id")
+    add("--name", required=True, help="what requests call it")
+    add("--target", choices=["onnx"], default="onnx", help="what to write")
+    add("--repository", type=Path, default=Path("model_repository"))
+    add("--lora-rank", type=int, default=32, help="largest LoRA rank; 0: no LoRA inputs")
+    add("--precision", type=Precision, choices=list(Precision), default=Precision.FP32)
+    add("--max-batch", type=int, default=8, help="sequences in an engine call")
+    add("--upscaler", type=Path, help="weights (.safetensors) of the repository's upscaler")
+    add("--face-detector", type=Path, help="YuNet-style detector, .safetensors or .onnx")
+    add("--force", action="store_true", help="export even when nothing changed")
+    facts = parser.add_argument_group("per-model defaults; they win over the folder's closeup.json")
+    facts.add_argument("--native-px", type=int)
+    facts.add_argument("--steps", type=int)
+    facts.add_argument("--cfg-scale", type=float)
+    facts.add_argument("--scheduler")
+    facts.add_argument("--w", type=int)
+    facts.add_argument("--h", type=int)
+    facts.add_argument("--face-prompt-suffix")
+    facts.add_argument("--face-crop-factor", type=float)
+    given = parser.parse_args(arguments)
+    return ExportOptions(
+        model=given.model,
+        name=given.name,
+        repository=given.repository,
+        lora_rank=given.lora_rank,
+        precision=given.precision,
+        max_batch=given.max_batch,
+        upscaler=given.upscaler,
+        face_detector=given.face_detector,
+        facts=ModelFacts(
+            native_px=given.native_px,
+            face_prompt_suffix=given.face_prompt_suffix,
+            face_crop_factor=given.face_crop_factor,
+            defaults=Defaults(
+                width=given.w,
+                height=given.h,
+                steps=given.steps,
+                cfg_scale=given.cfg_scale,
+                scheduler=given.scheduler,
+            ),
+        ),
+        force=given.force,
+    )
+
+
+def run_export(options: ExportOptions) -> None:
+    """Export what changed since the last time.
+
+    Raises:
+        ExportError: something cannot be exported; what was finished before stays.
+    """
+    check_options(options)
+    folder = resolve_folder(options.model)
+    facts = options.facts.over(read_folder_facts(folder))
+    jobs = [(f"{options.name}_denoiser", pipeline_fingerprint(options, folder, facts))]
+    for model, path in (("upscaler", options.upscaler), ("face_detector", options.face_detector)):
+        if path is not None:
+            jobs.append((model, file_fingerprint(path)))
+    for model, fingerprint in jobs:
+        if not options.force and is_unchanged(options.repository, model, fingerprint):
+            print(f"{model}: unchanged")
+            continue
+        # Imported late: an unchanged export must not wait for torch.
+        from export import exporting
+
+        if model == "upscaler":
+            assert options.upscaler is not None
+            exporting.export_upscaler(options.upscaler, options.repository, fingerprint)
+        elif model == "face_detector":
+            assert options.face_detector is not None
+            exporting.export_face_detector(options.face_detector, options.repository, fingerprint)
+        else:
+            exporting.export_pipeline(options, folder, facts, fingerprint)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when all is well, 2 with one sentence when not."""
+    options = parse_options(sys.argv[1:] if arguments is None else arguments)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("export").addHandler(handler)
+    logging.getLogger("export").setLevel(logging.INFO)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    started = time.monotonic()
+    try:
+        run_export(options)
+    except ExportError as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.name} is in {options.repository} ({time.monotonic() - started:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""``config.pbtxt``, written from the declarations that also name the graph's tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from closeup.tensors import TritonTensor
+
+MODEL_FILE = "model.onnx"
+# Long enough for requests that arrive together to share a call, short beside any of the calls.
+QUEUE_DELAY_US = 500
+# The native backend's own options, as strings. 0 intra-op threads: as many as there are cores,
+# or what the server's option says.
+ONNXRUNTIME_PARAMETERS: Mapping[str, str] = {
+    "intra_op_thread_count": "0",
+    "inter_op_thread_count": "1",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TritonConfig:
+    """A model's configuration.
+
+    Attributes:
+        name: the model's folder.
+        backend: ``onnxruntime`` or ``python``.
+        inputs: declarations without the batch dimension when ``max_batch_size`` is not 0.
+        outputs: the same.
+        max_batch_size: 0: the model sees tensors as they are.
+        queue_delay_us: how long a request may wait for others to share its call; None: no
+            dynamic batching.
+        instances: processes or sessions per device.
+        parameters: the backend's options.
+    """
+
+    name: str
+    backend: str
+    inputs: tuple[TritonTensor, ...]
+    outputs: tuple[TritonTensor, ...]
+    max_batch_size: int = 0
+    queue_delay_us: int | None = None
+    instances: int = 1
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+def config_text(config: TritonConfig) -> str:
+    """Return the content of ``config.pbtxt``."""
+    lines = [
+        f"name: {json.dumps(config.name)}",
+        f"backend: {json.dumps(config.backend)}",
+        f"max_batch_size: {config.max_batch_size}",
+    ]
+    lines += [_tensor("input", tensor) for tensor in config.inputs]
+    lines += [_tensor("output", tensor) for tensor in config.outputs]
+    lines.append(f"instance_group {{ count: {config.instances} kind: KIND_AUTO }}")
+    if config.queue_delay_us is not None:
+        lines.append(
+            f"dynamic_batching {{ max_queue_delay_microseconds: {config.queue_delay_us} }}"
+        )
+    lines += [
+        f"parameters {{ key: {json.dumps(key)} value {{ string_value: {json.dumps(value)} }} }}"
+        for key, value in config.parameters.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tensor(kind: str, tensor: TritonTensor) -> str:
+    dims = ", ".join(str(size) for size in tensor.dims)
+    optional = " optional: true" if tensor.optional else ""
+    return (
+        f"{kind} {{ name: {json.dumps(tensor.name)} data_type: {tensor.data_type} "
+        f"dims: [ {dims} ]{optional} }}"
+    )

@@ -1,0 +1,225 @@
+"""What the command line asks for, what the pipeline's folder says, and when nothing changed.
+
+Imports nothing heavy, so that an unchanged export is over in a moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from closeup.errors import ExportError
+from closeup.manifest import Defaults
+
+FOLDER_OPTIONS_NAME = "closeup.json"
+_FOLDER_KEYS = ("native_px", "face_prompt_suffix", "face_crop_factor", "defaults")
+_DEFAULT_KEYS = ("width", "height", "steps", "cfg_scale", "scheduler")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SHARED_NAMES = ("generate", "generate_stream", "upscaler", "face_detector")
+# Their versions decide what is written.
+_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "optimum-onnx")
+
+
+class Precision(str, Enum):
+    """Of the denoiser's and the text encoder's weights."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """Per-model settings of the manifest; None and empty leave the family's.
+
+    Attributes:
+        native_px: side the weights were trained at.
+        face_prompt_suffix: added to the prompt in the face pass.
+        face_crop_factor: side of the face crop over the face box.
+        defaults: what a request gets that does not say otherwise.
+    """
+
+    native_px: int | None = None
+    face_prompt_suffix: str | None = None
+    face_crop_factor: float | None = None
+    defaults: Defaults = field(default_factory=Defaults)
+
+    def over(self, other: ModelFacts) -> ModelFacts:
+        """Return these, with what they leave open taken from ``other``."""
+
+        def first(name: str) -> Any:
+            own = getattr(self, name)
+            return getattr(other, name) if own is None else own
+
+        def first_default(name: str) -> Any:
+            own = getattr(self.defaults, name)
+            return getattr(other.defaults, name) if own is None else own
+
+        return ModelFacts(
+            native_px=first("native_px"),
+            face_prompt_suffix=first("face_prompt_suffix"),
+            face_crop_factor=first("face_crop_factor"),
+            defaults=Defaults(**{name: first_default(name) for name in _DEFAULT_KEYS}),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """What the user asked for.
+
+    Attributes:
+        model: folder or hub id of a diffusers pipeline.
+        name: the request field ``model``; prefix of the Triton models.
+        repository: where they go.
+        lora_rank: the largest rank of the LoRA inputs; 0 leaves them out.
+        precision: of the denoiser and the text encoder.
+        max_batch: sequences in an engine call.
+        upscaler: weights of the repository's upscaler.
+        face_detector: weights or ONNX file of the repository's face detector.
+        facts: flags for the manifest; they win over the folder's.
+        force: export even when nothing changed.
+    """
+
+    model: str
+    name: str
+    repository: Path
+    lora_rank: int = 32
+    precision: Precision = Precision.FP32
+    max_batch: int = 8
+    upscaler: Path | None = None
+    face_detector: Path | None = None
+    facts: ModelFacts = field(default_factory=ModelFacts)
+    force: bool = False
+
+
+def check_options(options: ExportOptions) -> None:
+    """Refuse options that cannot be right.
+
+    Raises:
+        ExportError: with one sentence.
+    """
+    if not _NAME.fullmatch(options.name) or options.name in _SHARED_NAMES:
+        raise ExportError(
+            f"--name {options.name!r}: expected letters, digits, '.', '_' and '-', and none of "
+            f"{', '.join(_SHARED_NAMES)}."
+        )
+    if not 0 <= options.lora_rank <= 256:
+        raise ExportError(f"--lora-rank {options.lora_rank}: expected 0 to 256.")
+    if not 1 <= options.max_batch <= 64:
+        raise ExportError(f"--max-batch {options.max_batch}: expected 1 to 64.")
+    for flag, path in (("upscaler", options.upscaler), ("face-detector", options.face_detector)):
+        if path is not None and not path.is_file():
+            raise ExportError(f"--{flag} {path}: there is no such file.")
+
+
+def resolve_folder(model: str) -> Path:
+    """Return the folder of a pipeline, downloading it when ``model`` is a hub id.
+
+    Raises:
+        ExportError: neither a pipeline folder nor an id that can be had.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ExportError(
+                f"{model} has no model_index.json: expected the folder of a diffusers pipeline."
+            )
+        return folder
+    if not _HUB_ID.fullmatch(model) or model.startswith((".", "/")):
+        raise ExportError(f"there is no folder {model}, and it is no hub id like owner/name.")
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(model, use_safetensors=True))
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ExportError(
+            f"{model} is no folder here and cannot be had from the hub as safetensors: "
+            f"{reason[0] if reason else type(error).__name__}"
+        ) from error
+
+
+def read_folder_facts(folder: Path) -> ModelFacts:
+    """Read the folder's ``closeup.json``; all open when it has none.
+
+    Raises:
+        ExportError: not JSON, or a key that is not known.
+    """
+    path = folder / FOLDER_OPTIONS_NAME
+    if not path.exists():
+        return ModelFacts()
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f"{path} is not valid JSON: {error}") from error
+    defaults = data.pop("defaults", {}) if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(defaults, dict):
+        raise ExportError(f"{path}: expected a JSON object, with an object under 'defaults'.")
+    _refuse_unknown(path, data, _FOLDER_KEYS)
+    _refuse_unknown(path, defaults, _DEFAULT_KEYS)
+    return ModelFacts(**data, defaults=Defaults(**defaults))
+
+
+def pipeline_fingerprint(options: ExportOptions, folder: Path, facts: ModelFacts) -> str:
+    """Hash everything that decides what the pipeline's export writes."""
+    used = {
+        "name": options.name,
+        "lora_rank": options.lora_rank,
+        "precision": options.precision,
+        "max_batch": options.max_batch,
+        "facts": asdict(facts),
+    }
+    files = [path for path in sorted(folder.rglob("*")) if _matters(path.relative_to(folder))]
+    return _fingerprint(used, folder, files)
+
+
+def file_fingerprint(path: Path) -> str:
+    """Hash everything that decides what exporting one weights file writes."""
+    return _fingerprint({}, path.parent, [path])
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fingerprint(used: Mapping[str, Any], folder: Path, files: Iterable[Path]) -> str:
+    digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
+    for package in _PACKAGES:
+        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    for path in files:
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        digest.update(hash_file(path).encode())
+    return digest.hexdigest()
+
+
+def _matters(path: Path) -> bool:
+    """Whether a file of a pipeline's folder is read by the export."""
+    if path.parts[0] not in (
+        "model_index.json", FOLDER_OPTIONS_NAME,
+        "unet", "vae", "text_encoder", "tokenizer", "scheduler",
+    ):  # fmt: skip
+        return False
+    return path.suffix in (".json", ".txt", ".safetensors")
+
+
+def _refuse_unknown(path: Path, data: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in data:
+        if key not in known:
+            raise ExportError(f"{path}: unknown key {key!r}; expected {', '.join(known)}.")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from closeup.images import Floats, Pixels, floats_from_pixels, resize
+from closeup.images import Floats, Pixels, ResizeHow, floats_from_pixels, resize
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
@@ -97,7 +97,8 @@ def detector_input(image: Pixels, *, long_side: int | None = None) -> tuple[Floa
     scale = (long_side or detection_long_sides(height, width)[0]) / max(height, width)
     inner_h, inner_w = _scaled_size((height, width), scale)
     outer_h, outer_w = _padded_size((height, width), scale)
-    scaled = resize(floats_from_pixels(image), (inner_h, inner_w))
+    how: ResizeHow = "cubic" if scale > 1 else "auto"
+    scaled = resize(floats_from_pixels(image), (inner_h, inner_w), how=how)
     tensor = np.zeros((1, 3, outer_h, outer_w), np.float32)
     tensor[0, :, :inner_h, :inner_w] = scaled[:, :, ::-1].transpose(2, 0, 1) * np.float32(255.0)
     return tensor, scale

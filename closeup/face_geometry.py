@@ -230,7 +230,7 @@ def extract(image: Floats, crop: FaceCrop, work_px: int) -> Floats:
 
     Returns:
         (work_px, work_px, 3) float32 in [0, 1]: areas averaged where the crop is larger than
-        that, Lanczos where it is smaller.
+        that, Lanczos (cubic for a turned one) where it is smaller.
     """
     if crop.angle_deg == 0.0:
         return resize(image[crop.region((image.shape[0], image.shape[1]))], (work_px, work_px))
@@ -240,7 +240,7 @@ def extract(image: Floats, crop: FaceCrop, work_px: int) -> Floats:
         image,
         _of_pixel_indices(crop.affine(fine)),
         (fine, fine),
-        flags=cv2.INTER_LANCZOS4 | cv2.WARP_INVERSE_MAP,
+        flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REFLECT,
     )
     return resize(np.clip(turned, 0.0, 1.0), (work_px, work_px))
@@ -275,7 +275,7 @@ def paste(
         small,
         _of_pixel_indices(inverse),
         (size[1], size[0]),
-        flags=(cv2.INTER_LINEAR if patch.ndim == 2 else cv2.INTER_LANCZOS4) | cv2.WARP_INVERSE_MAP,
+        flags=(cv2.INTER_LINEAR if patch.ndim == 2 else cv2.INTER_CUBIC) | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_CONSTANT,
     )
     return np.clip(placed, 0.0, 1.0), region

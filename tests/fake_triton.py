@@ -306,7 +306,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _stream(self, fields: dict[str, Any]) -> None:
         prompt = self.fake.note("generate_stream", fields, dict(self.headers))
-        if prompt in REFUSALS and prompt != "broken" and self._refused(prompt):
+        if prompt in REFUSALS and prompt != "broken":
+            # As the embedded Triton does: 400 for every error of a model, and an event's form.
+            text = json.dumps({"error": REFUSALS[prompt][2]})
+            self._send(400, f"data: {text}\n\n".encode())
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")

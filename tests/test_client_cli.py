@@ -56,7 +56,17 @@ def test_generate_leaves_every_file_when_a_sheet_is_asked(
     assert {path.name for path in out.iterdir()} == names
     assert Image.open(out / "sheet.png").size[0] > 600
     text = capsys.readouterr()
-    for expected in ("super resolution", "12", "face", "10 x 12", "repainted", "0.61", "sheet.png"):
+    for expected in (
+        "32 x 40 px",
+        "seed 7",
+        "super resolution",
+        "12",
+        "face",
+        "10 x 12",
+        "repainted",
+        "0.61",
+        "sheet.png",
+    ):
         assert expected in text.out
     assert "skipped: is smaller than" in " ".join(text.out.split())
     assert "generate 4/4" in text.err

@@ -20,19 +20,39 @@ _ACTIONS = {"repaint": "repainted", "skip": "skipped"}
 
 def print_result(console: Console, result: Result, files: Sequence[Path]) -> None:
     """Stages with milliseconds, one row a face, files written, warnings."""
+    console.print(escape(summary(result)), highlight=False)
+    console.print()
     console.print(stage_table(result.info.get("timings_ms") or {}))
+    console.print()
     faces = [(i, face) for i in range(len(result.images)) for face in result.faces(i)]
     if faces:
         console.print(face_table(faces, several=len(result.images) > 1))
+        console.print()
     elif result.face_pass:
         console.print("No faces were found.\n")
     for path in files:
         size = path.stat().st_size
         console.print(
-            f"{escape(str(path))}  {size / 1024:.0f} KiB", highlight=False, soft_wrap=True
+            f"{escape(str(path))}  {max(size / 1024, 1):.0f} KiB", highlight=False, soft_wrap=True
         )
     for warning in result.warnings:
         console.print(f"warning: {escape(warning)}", style="yellow", soft_wrap=True)
+
+
+def summary(result: Result) -> str:
+    """One line: model, sizes, steps, sampler, seeds; what it takes to make the picture again."""
+    info = result.info
+    sizes = [info.get("generated_size"), info.get("size")]
+    texts = [f"{size[0]} x {size[1]}" for size in sizes if size]
+    parts = [
+        str(info.get("model", "")),
+        f"{' -> '.join(dict.fromkeys(texts))} px" if texts else "",
+        f"{info['steps']} steps" if "steps" in info else "",
+        str(info.get("scheduler", "")),
+        f"cfg {info['cfg_scale']:g}" if "cfg_scale" in info else "",
+        f"seed {', '.join(map(str, result.seeds))}" if result.seeds else "",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def stage_table(timings_ms: Mapping[str, float]) -> Table:
@@ -40,7 +60,6 @@ def stage_table(timings_ms: Mapping[str, float]) -> Table:
     table = _table("stage", ">ms")
     for stage, ms in timings_ms.items():
         table.add_row(escape(stage_title(stage)), f"{ms:.0f}")
-    table.add_section()
     table.add_row("sum", f"{sum(timings_ms.values()):.0f}")
     return table
 
@@ -90,7 +109,7 @@ def served_table(served: Served) -> Table:
 
 
 def _table(*heads: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
     for head in heads:
         table.add_column(head.lstrip(">"), justify="right" if head.startswith(">") else "left")
     return table

@@ -224,8 +224,11 @@ def outputs_from_event(line: bytes) -> dict[str, list[bytes]] | None:
 
 
 def error_text(body: bytes) -> str:
-    """The sentence in the body of a failed HTTP answer."""
-    text = body.decode("utf-8", "replace")
+    """The sentence in the body of a failed HTTP answer.
+
+    Triton writes a refused stream's error as an event, though the status is 400.
+    """
+    text = body.decode("utf-8", "replace").strip().removeprefix("data:").lstrip()
     try:
         value = json.loads(text)
     except ValueError:

@@ -32,7 +32,7 @@ lint: setup  ## ruff and mypy --strict, tests included
 	$(BIN)/mypy
 
 tables: setup  ## rewrite the tables and files that are made from the code
-	$(BIN)/python -m closeup.tables
+	$(BIN)/python -m export.tables
 	$(BIN)/python client/generate_fields.py
 
 .PHONY: help setup run serve test lint tables

@@ -28,7 +28,7 @@ Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
 class LoraSource(Protocol):
-    """Where the resident LoRA vectors are; see `closeup.lora_store.LoraBank`."""
+    """Where the resident LoRA vectors are; see `closeup.lora_bank.LoraBank`."""
 
     def array(self, rows: Sequence[int]) -> Array:
         """Return the bank (S, M, r) in which these rows can be used."""

@@ -449,6 +449,9 @@ def _check_served(
                 f"there is no LoRA {_shown(tag.id)} in the server's folder; check the id or add "
                 "the file.",
             )
+    for name in ("negative_prompt", "face_prompt"):
+        if _has_tags(str(options.get(name, "")), name):
+            problems.add(name, "takes no tags or flags; put them into prompt.")
     if not parsed.text.strip():
         problems.add("prompt", "has no words beside its tags; add some.")
     if _wants_super_resolution(options, mode) and not served.has_upscaler:
@@ -456,6 +459,11 @@ def _check_served(
     if options.get("inpaint_faces") and not served.has_face_detector:
         problems.add("inpaint_faces", "this server has no face detector; export one.")
     problems.raise_if_any()
+
+
+def _has_tags(text: str, name: str) -> bool:
+    parsed = parse_prompt(text, field_name=name)
+    return bool(parsed.loras or parsed.flags)
 
 
 def _canvas(

@@ -117,9 +117,7 @@ class Reply:
             if self._closed:
                 return
             self._closed = True
-            self._sender.send(
-                response(), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-            )
+            self._sender.send(response(), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 class Watchdog:
@@ -175,9 +173,7 @@ class TritonModels:
         response = await request.async_exec()
         if response.has_error():
             raise error_from_message(name, response.error().message())
-        return {
-            tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()
-        }
+        return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
 
 
 def error_from_message(model: str, message: str) -> CloseupError:

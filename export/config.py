@@ -32,7 +32,9 @@ class TritonConfig:
         queue_delay_us: how long a request may wait for others to share its call; None: no
             dynamic batching.
         instances: processes or sessions per device.
+        kind: where they run; KIND_CPU keeps a Python model from holding a CUDA context.
         parameters: the backend's options.
+        decoupled: a request may have any number of responses.
     """
 
     name: str
@@ -42,7 +44,9 @@ class TritonConfig:
     max_batch_size: int = 0
     queue_delay_us: int | None = None
     instances: int = 1
+    kind: str = "KIND_AUTO"
     parameters: Mapping[str, str] = field(default_factory=dict)
+    decoupled: bool = False
 
 
 def config_text(config: TritonConfig) -> str:
@@ -54,7 +58,9 @@ def config_text(config: TritonConfig) -> str:
     ]
     lines += [_tensor("input", tensor) for tensor in config.inputs]
     lines += [_tensor("output", tensor) for tensor in config.outputs]
-    lines.append(f"instance_group {{ count: {config.instances} kind: KIND_AUTO }}")
+    lines.append(f"instance_group {{ count: {config.instances} kind: {config.kind} }}")
+    if config.decoupled:
+        lines.append("model_transaction_policy { decoupled: true }")
     if config.queue_delay_us is not None:
         lines.append(
             f"dynamic_batching {{ max_queue_delay_microseconds: {config.queue_delay_us} }}"

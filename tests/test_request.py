@@ -142,6 +142,9 @@ def test_golden_request_resolves_word_for_word() -> None:
          "is 64x72, input_image is 64x64"),
         ({"prompt": "a --face_inpaint_denoising 1.5 b", "inpaint_faces": True},
          "face_denoising_strength", "(in the prompt) got 1.5; allowed are 0 to 1."),
+        ({"face_prompt": "a <lora:style:1>", "inpaint_faces": True}, "face_prompt",
+         "takes no tags"),
+        ({"negative_prompt": "b <lora:style:1>"}, "negative_prompt", "takes no tags"),
         ({"face_crop_factor": 9.0, "inpaint_faces": True}, "face_crop_factor", "1.2 to 4"),
     ],
 )  # fmt: skip

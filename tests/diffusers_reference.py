@@ -1,0 +1,78 @@
+"""The pictures diffusers makes, for comparison with ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Pixels = npt.NDArray[np.uint8]
+
+# What each of our sampler names stands for: scheduler class and what the name fixes.
+SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++sde_karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+}
+PIPELINES = {
+    "text-to-image": "StableDiffusionPipeline",
+    "image-to-image": "StableDiffusionImg2ImgPipeline",
+    "inpainting": "StableDiffusionInpaintPipeline",
+}
+
+
+class DiffusersReference:
+    """The three Stable Diffusion pipelines over one set of float32 weights.
+
+    Args:
+        folder: a pipeline in diffusers layout.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        base = diffusers.StableDiffusionPipeline.from_pretrained(
+            folder, safety_checker=None, torch_dtype=torch.float32
+        )
+        self._components = base.components
+        self._source = type(base.scheduler).from_pretrained(folder, subfolder="scheduler")
+
+    def paint(self, mode: str, scheduler: str, *, seed: int, **arguments: Any) -> Pixels:
+        """Return one picture (H, W, 3).
+
+        Args:
+            mode: a key of `PIPELINES`.
+            scheduler: a key of `SCHEDULERS`.
+            seed: of the CPU generator.
+            arguments: of the pipeline's call.
+        """
+        pipeline = getattr(diffusers, PIPELINES[mode])(
+            **self._components, requires_safety_checker=False
+        )
+        name, overrides = SCHEDULERS[scheduler]
+        pipeline.scheduler = getattr(diffusers, name).from_config(self._source.config, **overrides)
+        pipeline.set_progress_bar_config(disable=True)
+        pictures = pipeline(
+            generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **arguments
+        ).images
+        pixels: Pixels = np.rint(pictures[0] * 255).astype(np.uint8)
+        return pixels
+
+
+def psnr_db(ours: Pixels, theirs: Pixels) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures, dB; 120 for equal ones."""
+    error = float(((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2).mean())
+    return min(120.0, 10 * float(np.log10(255**2 / max(error, 1e-12))))

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from closeup.engines import Array, Engine, TensorSpec
+from closeup.engines import Array, Engine, EngineOptions, TensorSpec, count_threads
 from closeup.errors import ModelError
 
 MODEL_FILE = "model.onnx"
 DEFAULT_MAX_BATCH_SIZE = 4  # the native backend's default too
+# The native backend's numbers in optimization { graph { level } }.
+_GRAPH_LEVELS = {-1: "basic", 1: "extended", 2: "disabled"}
 _TRITON_TYPES = {
     "float16": "TYPE_FP16",
     "float32": "TYPE_FP32",
@@ -62,6 +64,41 @@ def find_engine(model_dir: Path, file_name: str = "") -> Path:
     if not path.is_file():
         raise ModelError(f"There is no {path.name} in {model_dir}; run `python -m export`.")
     return path
+
+
+def options_from_config(
+    config: Mapping[str, Any], *, use_cuda: bool = False, device_id: int = 0
+) -> EngineOptions:
+    """Engine options from a model's config, in the native backend's own words.
+
+    Read are the parameters ``intra_op_thread_count`` (0 or absent: ``CLOSEUP_THREADS``) and
+    ``memory.enable_memory_arena_shrinkage`` (any value: hand memory back after every run), and
+    ``optimization { graph { level } }``.
+
+    Args:
+        config: the model's config as a dict.
+        use_cuda: run on a GPU.
+        device_id: on which.
+
+    Raises:
+        ModelError: the thread count is no number of 0 or more.
+    """
+    parameters = {
+        key: value.get("string_value", "") for key, value in config.get("parameters", {}).items()
+    }
+    threads = parameters.get("intra_op_thread_count", "0")
+    if not threads.isdecimal():
+        raise ModelError(
+            f"The parameter intra_op_thread_count is {threads!r}; expected an integer from 0 on."
+        )
+    level = int(config.get("optimization", {}).get("graph", {}).get("level", 0))
+    return EngineOptions(
+        threads=int(threads) or count_threads(),
+        graph_optimization=_GRAPH_LEVELS.get(level, "all"),
+        keep_memory=not parameters.get("memory.enable_memory_arena_shrinkage"),
+        use_cuda=use_cuda,
+        device_id=device_id,
+    )
 
 
 def is_complete(config: Mapping[str, Any]) -> bool:

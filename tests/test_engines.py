@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from closeup.engines import Array, EngineOptions, TensorSpec, count_threads, open_engine
@@ -98,6 +99,25 @@ def test_open_engine_raises_one_sentence_when_the_file_is_no_engine(tmp_path: Pa
         with pytest.raises(ModelError, match=text) as caught:
             open_engine(path)
         assert "\n" not in str(caught.value)
+
+
+def test_open_engine_names_the_weights_file_when_it_is_missing(
+    double_path: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "split.onnx"
+    onnx.save(
+        onnx.load(double_path),
+        path,
+        save_as_external_data=True,
+        location="split.data",
+        size_threshold=0,
+    )
+    x = np.ones((1, 3), np.float32)
+    np.testing.assert_array_equal(open_engine(path).run({"x": x})["y"], 2 * x)
+    (tmp_path / "split.data").unlink()
+    with pytest.raises(ModelError, match="keeps its weights in a file beside it") as caught:
+        open_engine(path)
+    assert "split.data" in str(caught.value)
 
 
 def test_open_engine_raises_when_an_option_is_unknown(double_path: Path) -> None:

@@ -19,6 +19,7 @@ from closeup.onnx_serving import (
     complete_config,
     find_engine,
     is_complete,
+    options_from_config,
     run_requests,
     triton_type,
 )
@@ -140,6 +141,25 @@ def test_check_config_raises_when_only_some_tensors_are_listed() -> None:
     assert not is_complete({"max_batch_size": 2, "input": [x]})
     with pytest.raises(ModelError, match="lists tensors but not y"):
         check_config({"max_batch_size": 2, "input": [x]}, CountingEngine())
+
+
+def test_options_from_config_speak_the_native_backends_words_when_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CLOSEUP_THREADS", "5")
+    plain = options_from_config({})
+    assert (plain.threads, plain.keep_memory, plain.graph_optimization) == (5, True, "all")
+    assert not plain.use_cuda
+    parameters = {
+        "intra_op_thread_count": {"string_value": "3"},
+        "memory.enable_memory_arena_shrinkage": {"string_value": "cpu:0"},
+    }
+    config = {"parameters": parameters, "optimization": {"graph": {"level": 1}}}
+    full = options_from_config(config, use_cuda=True, device_id=2)
+    assert (full.threads, full.keep_memory, full.graph_optimization) == (3, False, "extended")
+    assert (full.use_cuda, full.device_id) == (True, 2)
+    with pytest.raises(ModelError, match="intra_op_thread_count is '-2'"):
+        options_from_config({"parameters": {"intra_op_thread_count": {"string_value": "-2"}}})
 
 
 def test_triton_type_names_every_dtype_when_asked() -> None:

@@ -145,8 +145,12 @@ def make_repository(folder: Path) -> Path:
     repository = folder / "repository"
     batching = "dynamic_batching { max_queue_delay_microseconds: 200000 }\n"
     short = f'backend: "onnxruntime"\n{CPU_INSTANCE}'
+    shrink = (
+        'parameters { key: "memory.enable_memory_arena_shrinkage" '
+        'value: { string_value: "cpu:0" } }\n'
+    )
     for name, save, config in (
-        ("double", save_double, short),
+        ("double", save_double, short + shrink),
         ("lookup", save_lookup, f"{short}max_batch_size: 8\n{batching}"),
     ):
         save(repository / name / "1" / "model.onnx")

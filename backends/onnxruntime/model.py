@@ -20,6 +20,7 @@ from closeup.onnx_serving import (
     find_engine,
     is_complete,
     needs_dynamic_batching,
+    options_from_config,
     run_requests,
 )
 
@@ -58,11 +59,12 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Open the engine."""
         config = json.loads(args["model_config"])
-        options = EngineOptions(
-            use_cuda=args["model_instance_kind"] == "GPU",
-            device_id=int(args["model_instance_device_id"]),
-        )
         try:
+            options = options_from_config(
+                config,
+                use_cuda=args["model_instance_kind"] == "GPU",
+                device_id=int(args["model_instance_device_id"]),
+            )
             self._engine = _open(config, options)
             check_config(config, self._engine)
         except CloseupError as error:

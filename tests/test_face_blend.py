@@ -168,6 +168,17 @@ def test_face_masks_leave_a_skipped_neighbour_alone_when_it_is_close() -> None:
     assert max(inside_large) == 0.0
 
 
+@pytest.mark.parametrize("tilt", [0, 45])
+def test_face_mask_fades_out_when_the_crop_is_tighter_than_the_mask(tilt: float) -> None:
+    options = FaceOptions(crop_factor=1.2, margin=0.5, feather=0.3)
+    (plan,) = make_plans([make_face(400, 300, tilt_deg=tilt)], options, work_px=128)
+    mask = face_mask(plan)
+    assert not np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).any()
+    steepest = max(np.abs(np.diff(mask, axis=axis)).max() for axis in (0, 1))
+    assert steepest < 0.3  # over 8 pixels, not from 1 to 0 at once
+    assert mask[64, 64] == 1.0
+
+
 def test_latent_mask_averages_when_reduced() -> None:
     mask = np.zeros((16, 16), np.float32)
     mask[:4] = 1.0
@@ -369,6 +380,10 @@ def test_blend_leaves_less_of_a_seam_than_a_naive_paste_when_colours_shift(tilt:
     naive_seam, seam = _seam(naive, scene, square_edge), _seam(blended, scene, soft_edge)
     assert naive_seam > 0.02
     assert abs(seam) < 0.05 * naive_seam
+    # The face itself gets its colours back as well: the shift put in is 0.05 on average.
+    core = _mask_in_picture(plan) > 0.99
+    assert np.abs((blended - scene)[core].mean(axis=0)).max() < 0.005
+    assert np.abs((naive - scene)[core]).mean() > 0.015
 
 
 def test_face_mask_is_finite_when_the_face_is_huge() -> None:

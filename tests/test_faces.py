@@ -18,6 +18,7 @@ from closeup.faces import (
     face_report,
     face_seed,
     face_strength,
+    plan_faces,
 )
 from tests.drawn_faces import SIZE, make_face, make_plans
 
@@ -179,6 +180,22 @@ def test_plan_faces_moves_the_crop_inward_when_a_face_is_at_a_border(
     (plan,) = make_plans([make_face(x, y)])
     assert plan.crop.side == 120
     assert _corners(plan)[0].tolist() == list(corner)
+
+
+def test_plan_faces_takes_the_crop_factor_of_the_request_when_it_has_one() -> None:
+    def side(options: FaceOptions) -> float:
+        (plan,) = plan_faces(
+            [make_face(400, 300)],
+            image_size=SIZE,
+            work_px=512,
+            options=options,
+            seed=7,
+            crop_factor=1.5,
+        )
+        return plan.crop.side
+
+    assert side(FaceOptions()) == 90
+    assert side(FaceOptions(crop_factor=3.0)) == 180
 
 
 def test_plan_faces_shrinks_the_crop_when_the_picture_is_smaller() -> None:

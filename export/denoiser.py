@@ -215,7 +215,7 @@ def _cases(tokens: int, max_rank: int, max_batch: int) -> tuple[Sizes, ...]:
         (2, 3, 20, 28, tokens, 3, 4),
         (1, 1, 16, 16, tokens, 1, 1),
         (2, 4, 17, 22, tokens, 2, max_rank),
-        (3, 5, 8, 9, 2 * tokens, 5, 0),
+        (3, 5, 8, 9, 2 * tokens, 5, 2),
         (max_batch, 2 * max_batch, 8, 8, tokens, 2, 1),
     )
     names = (BATCH, "rows", "height", "width", "tokens", "adapters", "rank")

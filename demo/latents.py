@@ -54,22 +54,39 @@ def load_vae(folder: Path, device: str = "cpu") -> Any:
     return vae.eval().to(device, memory_format=torch.channels_last)
 
 
+@torch.no_grad()
+def round_trip(vae: Any, pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pictures encoded and decoded."""
+    decoded = []
+    for first in range(0, len(pictures), 8):
+        pixels = torch.from_numpy(pictures[first : first + 8]).permute(0, 3, 1, 2).float()
+        out = vae.decode(vae.encode(pixels / 127.5 - 1).latent_dist.mean).sample
+        decoded.append(((out.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(decoded)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Encode one folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=Path, default=CACHE / "train")
     parser.add_argument("--weights", type=Path, default=WEIGHTS / "sd")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--limit", type=int, help="only the first pictures")
+    parser.add_argument("--append", action="store_true", help="keep what latents.npy holds")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     tokens = encode_captions(load_tokenizer(options.weights), load_captions(options.pictures))
     np.save(options.pictures / "tokens.npy", tokens)
-    images = np.load(options.pictures / "images.npy", mmap_mode="r")
+    images = np.load(options.pictures / "images.npy", mmap_mode="r")[: options.limit]
     vae = load_vae(options.weights, options.device)
-    latents = encode_pictures(vae, images, options.batch, options.device)
-    np.save(options.pictures / "latents.npy", latents)
+    path = options.pictures / "latents.npy"
+    known = np.load(path) if options.append else np.empty((0, 4, 0, 0), np.float16)
+    latents = encode_pictures(vae, images[len(known) :], options.batch, options.device)
+    if len(known):
+        latents = np.concatenate([known, latents])
+    np.save(path, latents)
     spread = latents.astype(np.float32).std((0, 2, 3)).round(3)
     print(f"{len(latents)} pictures, spread per channel {spread.tolist()}")
 

@@ -23,7 +23,7 @@ from export.detector import STRIDES, FaceDetector, save_face_detector
 
 _LEVELS = ((0.0, 40.0), (28.0, 100.0), (76.0, 1e4))
 """Face sizes in pixels that each stride answers for; they overlap."""
-_SMALLEST_PX = 7.0
+_SMALLEST_PX, _LARGEST_PX = 7.0, 150.0
 
 
 class Samples:
@@ -51,20 +51,33 @@ class Samples:
         self, image: NDArray[np.uint8], rows: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Scale, shift, mirror: picture and rows (k, 14) on the training canvas."""
-        zoom = float(np.exp(self.random.uniform(np.log(0.6), np.log(2.6))))
-        slack = self.side - image.shape[1] * zoom
-        low, high = min(0.0, slack) - 0.1 * self.side, max(0.0, slack) + 0.1 * self.side
-        shift = self.random.uniform(low, high, 2)
+        zoom = float(np.exp(self.random.uniform(np.log(0.7), np.log(5.0))))
+        if len(rows) and self.random.random() < 0.85:
+            largest = float((rows[:, 2] - rows[:, 0]).max())
+            zoom = min(zoom, _LARGEST_PX / max(1.0, largest))
+        shift = self._shift(image, rows, zoom)
         matrix = np.array([[zoom, 0, shift[0]], [0, zoom, shift[1]]], np.float32)
         border = cv2.BORDER_CONSTANT if self.random.random() < 0.5 else cv2.BORDER_REPLICATE
-        canvas = cv2.warpAffine(
-            image, matrix, (self.side, self.side), flags=cv2.INTER_LINEAR, borderMode=border
-        )
+        flags = cv2.INTER_CUBIC if self.random.random() < 0.6 else cv2.INTER_LINEAR
+        size = (self.side, self.side)
+        canvas = cv2.warpAffine(image, matrix, size, flags=flags, borderMode=border)
         points = rows.reshape(-1, 7, 2) * zoom + shift
         if self.random.random() < 0.5:
             canvas = np.ascontiguousarray(canvas[:, ::-1])
             points = _mirror(points, self.side)
         return canvas.astype(np.float32), points.reshape(-1, 14).astype(np.float32)
+
+    def _shift(
+        self, image: NDArray[np.uint8], rows: NDArray[np.float32], zoom: float
+    ) -> NDArray[np.float64]:
+        """Where the picture goes: mostly so that one of its faces is on the canvas."""
+        if len(rows) and self.random.random() < 0.8:
+            row = rows[int(self.random.integers(len(rows)))]
+            wanted = self.random.uniform(0.1, 0.9, 2) * self.side
+            return np.asarray(wanted - (row[:2] + row[2:4]) / 2 * zoom)
+        slack = self.side - image.shape[1] * zoom
+        low, high = min(0.0, slack) - 0.1 * self.side, max(0.0, slack) + 0.1 * self.side
+        return self.random.uniform(low, high, 2)
 
     def _degrade(self, canvas: NDArray[np.float32]) -> NDArray[np.float32]:
         """Blur, coarse pixels, light and noise, as they fall."""
@@ -206,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--redrawn", type=Path, default=CACHE / "redrawn")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "face_detector.safetensors")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--side", type=int, default=160)
+    parser.add_argument("--side", type=int, default=192)
     return parser
 
 

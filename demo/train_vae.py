@@ -119,7 +119,9 @@ def whiten(vae: Any, pictures: NDArray[np.uint8]) -> None:
 
 def export_vae(vae: Any, folder: Path) -> None:
     """Write a copy of ``vae`` as fp16 into ``folder``; ``vae`` itself stays float32."""
+    # from_config drops what equalled a default when the module was built: the scale is set again.
     half = AutoencoderKL.from_config(vae.config)
+    half.register_to_config(scaling_factor=vae.config.scaling_factor)
     half.load_state_dict(vae.state_dict())
     half.half().save_pretrained(folder)
 

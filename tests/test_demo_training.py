@@ -82,6 +82,7 @@ def test_train_vae_goes_on_where_it_stopped_when_resumed(pictures: Path, tmp_pat
         train_vae.main(_arguments(tmp_path / "run", steps, *more))
         assert _steps(tmp_path / "run") == steps
     assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").exists()
+    assert json.loads((tmp_path / "vae" / "config.json").read_text())["scaling_factor"] == 1.0
 
 
 def test_train_unet_goes_on_and_exports_when_resumed(pictures: Path, tmp_path: Path) -> None:

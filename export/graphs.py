@@ -249,6 +249,7 @@ def open_session(path: Path) -> ort.InferenceSession:
     """Open a file in ONNX Runtime on the CPU with torch's number of threads."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,13 @@ from closeup.detection import (
     scale_faces,
 )
 from closeup.diffuse import Floats, decode_latents, denoise, encode_picture, sample_posterior
-from closeup.face_blend import blend_pixels, differential_masks, face_mask, latent_mask
-from closeup.face_geometry import extract
+from closeup.face_blend import blend_faces, differential_masks, face_mask, latent_mask
+from closeup.face_geometry import FaceCrop, extract
 from closeup.faces import FaceAction, FacePlan, face_report, plan_faces
 from closeup.images import floats_from_pixels
 from closeup.noise import TorchNormal
 from closeup.run import Run, together
-from closeup.samplers import build_step_table
+from closeup.samplers import StepTable, build_step_table
 
 Pixels = npt.NDArray[np.uint8]
 FaceReport = dict[str, Any]
@@ -75,50 +76,59 @@ async def find_faces(run: Run, pixels: Pixels) -> list[Face]:
 
 
 def _plan(run: Run, faces: list[Face], pixels: Pixels, seed: int) -> list[FacePlan]:
-    model = run.request.model
-    return plan_faces(
+    request = run.request
+    plans = plan_faces(
         faces,
         image_size=(pixels.shape[0], pixels.shape[1]),
-        work_px=model.native_px,
-        options=run.request.faces,
+        work_px=request.model.native_px,
+        options=request.faces,
         seed=seed,
-        crop_factor=model.face_crop_factor,
+        crop_factor=request.model.face_crop_factor,
     )
+    return [plan if _table(run, plan).timesteps.size else _idle(plan) for plan in plans]
+
+
+def _table(run: Run, plan: FacePlan) -> StepTable:
+    request = run.request
+    return build_step_table(
+        request.scheduler, request.model.scheduler, request.steps, strength=plan.strength
+    )
+
+
+def _idle(plan: FacePlan) -> FacePlan:
+    if plan.action is FaceAction.SKIP:
+        return plan
+    reason = "Its strength times the request's steps is below one step."
+    return replace(plan, action=FaceAction.SKIP, reason=reason)
 
 
 async def _repaint_picture(
     run: Run, image: int, pixels: Pixels, plans: list[FacePlan], context: Floats
 ) -> Pixels:
     wanted = [plan for plan in plans if plan.action is FaceAction.REPAINT]
+    if not wanted:
+        return pixels
     picture = floats_from_pixels(pixels)
     patches = await together(
         run, [_repaint_face(run, image, picture, plan, context) for plan in wanted]
     )
-    if any(patch is not None for patch in patches):
-        run.count("inference_cycles")
-    for plan, patch in zip(wanted, patches, strict=True):
-        if patch is not None:
-            pixels = blend_pixels(pixels, patch, plan.crop, face_mask(plan))
-    return pixels
+    run.count("inference_cycles")
+    return blend_faces(pixels, patches)
 
 
 async def _repaint_face(
     run: Run, image: int, picture: Floats, plan: FacePlan, context: Floats
-) -> Floats | None:
-    """Return the repainted crop (work, work, 3), or None when its strength leaves no step."""
-    request = run.request
-    table = build_step_table(
-        request.scheduler, request.model.scheduler, request.steps, strength=plan.strength
-    )
+) -> tuple[Floats, FaceCrop, Floats]:
+    """Return the repainted crop (work, work, 3), where it belongs, and its mask (work, work)."""
+    table = _table(run, plan)
     steps = len(table.timesteps)
-    if steps == 0:
-        return None
     run.extend(steps)
     stream = TorchNormal(plan.seed)
     crop = extract(picture, plan.crop, plan.work_px)
+    mask = face_mask(plan)
     known = sample_posterior(run, await encode_picture(run, crop), stream)
     noise = stream.randn(known.shape)
-    soft = latent_mask(face_mask(plan), (known.shape[1], known.shape[2]))
+    soft = latent_mask(mask, (known.shape[1], known.shape[2]))
     latents = await denoise(
         run,
         sample=np.asarray(table.init[0] * known + table.init[1] * noise, np.float32),
@@ -131,4 +141,4 @@ async def _repaint_face(
         known_noise=noise,
     )
     run.count("faces_repainted")
-    return await decode_latents(run, latents)
+    return await decode_latents(run, latents), plan.crop, mask

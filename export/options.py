@@ -19,8 +19,20 @@ from closeup.errors import ExportError
 from closeup.manifest import Defaults
 
 FOLDER_OPTIONS_NAME = "closeup.json"
-_FOLDER_KEYS = ("native_px", "face_prompt_suffix", "face_crop_factor", "defaults")
-_DEFAULT_KEYS = ("width", "height", "steps", "cfg_scale", "scheduler")
+_NUMBER = (int, float)
+# Keys of the file and the types of their values.
+_FOLDER_KEYS: Mapping[str, tuple[type, ...]] = {
+    "native_px": (int,),
+    "face_prompt_suffix": (str,),
+    "face_crop_factor": _NUMBER,
+}
+_DEFAULT_KEYS: Mapping[str, tuple[type, ...]] = {
+    "width": (int,),
+    "height": (int,),
+    "steps": (int,),
+    "cfg_scale": _NUMBER,
+    "scheduler": (str,),
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SHARED_NAMES = ("generate", "generate_stream", "upscaler", "face_detector")
@@ -165,8 +177,8 @@ def read_folder_facts(folder: Path) -> ModelFacts:
     defaults = data.pop("defaults", {}) if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(defaults, dict):
         raise ExportError(f"{path}: expected a JSON object, with an object under 'defaults'.")
-    _refuse_unknown(path, data, _FOLDER_KEYS)
-    _refuse_unknown(path, defaults, _DEFAULT_KEYS)
+    _check_keys(path, data, _FOLDER_KEYS)
+    _check_keys(path, defaults, _DEFAULT_KEYS)
     return ModelFacts(**data, defaults=Defaults(**defaults))
 
 
@@ -219,7 +231,10 @@ def _matters(path: Path) -> bool:
     return path.suffix in (".json", ".txt", ".safetensors")
 
 
-def _refuse_unknown(path: Path, data: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    for key in data:
+def _check_keys(path: Path, data: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]) -> None:
+    for key, value in data.items():
         if key not in known:
             raise ExportError(f"{path}: unknown key {key!r}; expected {', '.join(known)}.")
+        if not isinstance(value, known[key]) or isinstance(value, bool):
+            names = " or ".join(kind.__name__ for kind in known[key])
+            raise ExportError(f"{path}: {key} is {value!r}; expected {names}.")

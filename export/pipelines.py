@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
 from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 from closeup.errors import ExportError
@@ -59,6 +60,7 @@ def load_pipeline(folder: Path) -> LoadedPipeline:
             f"({_PIPELINES[0]}) can be exported so far."
         )
     _refuse_pickles(folder)
+    disable_progress_bar()
     try:
         with quiet_exporters():
             pipeline = StableDiffusionPipeline.from_pretrained(

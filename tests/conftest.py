@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -33,7 +34,13 @@ def _export_once(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model exported to ONNX, with `generate` and `generate_stream` beside it."""
+    """The demo model exported to ONNX, with `generate` and `generate_stream` beside it.
+
+    ``CLOSEUP_TEST_REPOSITORY`` names one that exists already, for quick runs while developing.
+    """
+    existing = os.environ.get("CLOSEUP_TEST_REPOSITORY")
+    if existing:
+        return Path(existing)
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if base.name.startswith("popen-") else base  # under pytest-xdist
     folder = shared / "demo_export"

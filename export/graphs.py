@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from optimum.exporters.onnx import OnnxConfig
@@ -168,6 +169,7 @@ def write_graph(graph: Graph, path: Path) -> None:
     try:
         with quiet_exporters():
             export_pytorch(graph.module, GraphOnnxConfig(graph, seed=0), OPSET, path)
+            _declare_shapes(graph, path)
     except Exception as error:
         raise ExportError(
             f"the {graph.title} cannot be exported to ONNX: {type(error).__name__}: {error}"
@@ -252,6 +254,21 @@ def open_session(path: Path) -> ort.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _declare_shapes(graph: Graph, path: Path) -> None:
+    """Give the file's inputs and outputs the declared axes; tracing leaves some of them open."""
+    model = onnx.load(path, load_external_data=False)
+    declared = {tensor.name: tensor for tensor in (*graph.inputs, *graph.outputs)}
+    for value in (*model.graph.input, *model.graph.output):
+        shape = value.type.tensor_type.shape
+        del shape.dim[:]
+        for axis in declared[value.name].axes:
+            if isinstance(axis, str):
+                shape.dim.add().dim_param = axis
+            else:
+                shape.dim.add().dim_value = axis
+    onnx.save(model, path)
 
 
 def _validate_with_optimum(graph: Graph, path: Path) -> None:

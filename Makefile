@@ -30,6 +30,7 @@ lint: setup  ## ruff and mypy --strict, tests included
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	for model in model_repository/generate*/1/model.py; do $(BIN)/mypy $$model || exit 1; done
 
 tables: setup  ## rewrite the tables and files that are made from the code
 	$(BIN)/python -m export.tables

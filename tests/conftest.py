@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO_WEIGHTS = ROOT / "demo" / "weights"
-DEMO_LORAS = DEMO_WEIGHTS / "loras"
+from tests.paths import ROOT
 
 
 def _export_once(folder: Path) -> Path:
@@ -46,6 +44,3 @@ def demo_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shared / "demo_export"
     folder.mkdir(exist_ok=True)
     return _export_once(folder)
-
-
-__all__ = ["DEMO_LORAS", "DEMO_WEIGHTS", "ROOT", "demo_repository"]

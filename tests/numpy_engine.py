@@ -22,7 +22,8 @@ def toy_network(x: Array, timestep: Array, context: Array, lora: Array) -> Array
     """
     with np.errstate(over="ignore", invalid="ignore"):
         scale = np.tanh(timestep / 1000 + context.mean((1, 2))) + lora.sum((1, 2))
-        return np.float32(0.5) * np.tanh(x) + scale[:, None, None, None] * x
+        mixed: Array = np.float32(0.5) * np.tanh(x) + scale[:, None, None, None] * x
+    return mixed
 
 
 def run_numpy_engine(feeds: Mapping[str, Array]) -> dict[str, Array]:

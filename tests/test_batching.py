@@ -11,16 +11,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from numpy_engine import run_numpy_engine
 
 from closeup.batching import Segment, SegmentResult, StepBatcher
 from closeup.errors import ModelError, UnavailableError
+from tests.numpy_engine import run_numpy_engine
 
 Array = npt.NDArray[Any]
 
 # Every operation of the toy engine is elementwise per row except the einsum over five columns,
 # whose order of summation does not depend on the batch: equal to the last bit or nearly.
-SAME = {"rtol": 1e-6, "atol": 1e-6}
+TOLERANCE = 1e-6
+
+
+def assert_same(actual: Array, expected: Array) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 class TwoLoras:
@@ -134,11 +138,13 @@ def test_segment_equals_its_steps_worked_by_hand(rows: int, masked: bool) -> Non
     one = segment(3, rows=rows, masked=masked)
     result = alone(one)
     sample, memory = by_hand(one)
-    np.testing.assert_allclose(result.sample, sample, **SAME)
-    np.testing.assert_allclose(result.memory, memory, **SAME)
+    assert_same(result.sample, sample)
+    assert_same(result.memory, memory)
     assert np.abs(sample).max() > 0.01  # the comparison is not between zeros
     short = by_hand(segment(3, rows=rows, masked=masked, steps=3))[0]
-    assert not np.allclose(result.sample, short, **SAME)  # one step too few is noticed
+    assert not np.allclose(
+        result.sample, short, rtol=TOLERANCE, atol=TOLERANCE
+    )  # one step too few is noticed
 
 
 def test_sequences_share_calls_and_keep_their_results_when_they_arrive_at_different_times() -> None:
@@ -155,7 +161,7 @@ def test_sequences_share_calls_and_keep_their_results_when_they_arrive_at_differ
     assert counters.engine_calls < 24
     assert counters.largest_batch >= 2
     for one, result in zip(segments, results, strict=True):
-        np.testing.assert_allclose(result.sample, alone(one).sample, **SAME)
+        assert_same(result.sample, alone(one).sample)
 
 
 def test_mates_are_unchanged_when_a_lora_drives_one_sequence_to_nan() -> None:
@@ -203,9 +209,7 @@ def test_each_sequence_runs_alone_when_the_shared_call_fails() -> None:
         futures = [made.submit(segment(seed)) for seed in range(3)]
         engine.gate.set()
         for seed, future in enumerate(futures):
-            np.testing.assert_allclose(
-                future.result(10).sample, alone(segment(seed)).sample, **SAME
-            )
+            assert_same(future.result(10).sample, alone(segment(seed)).sample)
 
 
 def test_submit_is_refused_when_closed() -> None:

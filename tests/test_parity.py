@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DEMO_WEIGHTS
-from diffusers_reference import SCHEDULERS, DiffusersReference, Pixels, psnr_db
 from PIL import Image
 
 from closeup.local import LocalModels
 from closeup.samplers import SAMPLERS
+from tests.diffusers_reference import SCHEDULERS, DiffusersReference, Pixels, psnr_db
+from tests.paths import DEMO_WEIGHTS
 
 BAR_DB = 65.0
 PROMPT = "a full body photo of a woman with long red hair wearing a blue dress in a park"
@@ -46,7 +46,8 @@ def demo(demo_repository: Path) -> Iterator[Sides]:
 def picture() -> Pixels:
     rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
     waves = [128 + 100 * np.sin(rows / a + columns / b) for a, b in ((9, 17), (23, 7), (13, 31))]
-    return np.stack(waves, -1).astype(np.uint8)
+    pixels: Pixels = np.stack(waves, -1).astype(np.uint8)
+    return pixels
 
 
 def mask() -> Pixels:

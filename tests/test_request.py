@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import base64
-import io
-import struct
-import zlib
 from typing import Any
 
 import numpy as np
 import pytest
-from manifests import make_manifest
-from PIL import Image
 
 from closeup.errors import RequestError
-from closeup.fields import FIELDS, MAX_PROMPT_CHARACTERS
+from closeup.fields import FIELDS, MAX_PROMPT_CHARACTERS, Field, Kind
 from closeup.request import Limits, Mode, Request, Served, parse_options, resolve_request
+from tests.manifests import make_manifest
+from tests.pictures import png, png_bomb
 
-GOLDEN = {
+GOLDEN: dict[str, Any] = {
     "prompt": "<lora:1795721:1.0> Surrounded by the natural beauty of a serene, wooded "
     "environment, the ohwx woman exudes a sense of tranquility.",
     "num_images": 1,
@@ -61,28 +58,6 @@ def refused(**fields: Any) -> dict[str, str]:
     with pytest.raises(RequestError) as caught:
         resolve(**fields)
     return caught.value.problems
-
-
-def png(width: int, height: int, mode: str = "RGB") -> bytes:
-    rows, columns = np.mgrid[0:height, 0:width]
-    pixels = ((rows * 3 + columns * 5) % 256).astype(np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def png_bomb(side: int) -> bytes:
-    """A PNG that claims side x side pixels in a few bytes."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        crc = struct.pack(">I", zlib.crc32(kind + body))
-        return struct.pack(">I", len(body)) + kind + body + crc
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    data = zlib.compress(b"\0" * 1000)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    )
 
 
 def test_golden_request_resolves_word_for_word() -> None:
@@ -184,6 +159,10 @@ def test_parameters_that_triton_reserves_are_no_fields() -> None:
     assert resolve(prompt="a", parameters=parameters).prompt == "a"
 
 
+def as_given(field: Field, value: float) -> float:
+    return int(value) if field.kind is Kind.INT else value
+
+
 def test_both_sides_of_every_number_range_are_as_documented() -> None:
     extra: dict[str, dict[str, Any]] = {
         "hires_denoising_strength": {"hires_fix": True, "super_resolution": True},
@@ -196,11 +175,11 @@ def test_both_sides_of_every_number_range_are_as_documented() -> None:
         step = field.multiple_of or (1 if field.kind.value == "int" else 0.01)
         with_it = extra.get(field.name, {"inpaint_faces": True})
         for value in (field.minimum, field.maximum):
-            number = int(value) if field.kind.value == "int" else value
-            resolve(prompt="a", **{field.name: number}, **with_it)
+            given: dict[str, Any] = {field.name: as_given(field, value)}
+            resolve(prompt="a", **given, **with_it)
         for value in (field.minimum - step, field.maximum + step):
-            number = int(value) if field.kind.value == "int" else value
-            assert list(refused(prompt="a", **{field.name: number}, **with_it)) == [field.name]
+            given = {field.name: as_given(field, value)}
+            assert list(refused(prompt="a", **given, **with_it)) == [field.name]
         checked += 1
     assert checked >= 12
     resolve(prompt="x" * MAX_PROMPT_CHARACTERS)
@@ -254,6 +233,7 @@ def test_picture_may_be_bytes_base64_or_a_data_uri() -> None:
     assert first is not None
     assert first.max() > 200
     for image in images[1:]:
+        assert image is not None
         np.testing.assert_array_equal(image, first)
 
 

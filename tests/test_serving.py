@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
-from conftest import DEMO_LORAS
 from PIL import Image
-from test_request import png_bomb
 from tritonclient.utils import InferenceServerException
 
 from closeup.fields import FIELD_BY_NAME, Kind
 from closeup.local import LocalModels
 from closeup.server import EmbeddedServer, ServerOptions
+from tests.paths import DEMO_LORAS
+from tests.pictures import png_bomb
 
 pytestmark = pytest.mark.triton
 

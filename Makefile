@@ -32,8 +32,14 @@ lint: setup  ## ruff and mypy --strict, tests included
 	$(BIN)/mypy
 	for model in model_repository/generate*/1/model.py; do $(BIN)/mypy $$model || exit 1; done
 
+bench: setup  ## compare with diffusers in PyTorch; prints a table and writes benchmarks/results/
+	$(BIN)/python -m benchmarks
+
+demo-train: setup  ## train the demo model; resumable, hours on two cores
+	nice -n 19 $(BIN)/python -m demo.train
+
 tables: setup  ## rewrite the tables and files that are made from the code
 	$(BIN)/python -m export.tables
 	$(BIN)/python client/generate_fields.py
 
-.PHONY: help setup run serve test lint tables
+.PHONY: help setup run serve test lint bench demo-train tables

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from closeup.triton_glue import (
 log = logging.getLogger(__name__)
 
 WATCHDOG_MARGIN_S = 30.0
+BLS_THREADS = 64
 
 
 class GenerateModel:
@@ -52,6 +54,8 @@ class GenerateModel:
         self._models = TritonModels()
         self._watchdog = Watchdog()
         self._loop = asyncio.new_event_loop()
+        # Each BLS call in flight holds a thread; the default pool has cores + 4 of them.
+        self._loop.set_default_executor(ThreadPoolExecutor(BLS_THREADS))
         self._thread = threading.Thread(target=self._loop.run_forever, name="graph", daemon=True)
         self._thread.start()
 

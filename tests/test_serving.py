@@ -190,9 +190,9 @@ def test_invalid_utf8_is_refused(server: EmbeddedServer) -> None:
 
 
 def test_more_pictures_than_slots_are_refused_with_unavailable(server: EmbeddedServer) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        long = {**LONG, "num_images": SLOTS}
-        first = pool.submit(ask_grpc, server, {**long, "steps": 12, "w": 128, "h": 128})
+    with grpc_client.InferenceServerClient(server.grpc_url) as client:
+        inputs = grpc_inputs({**LONG, "num_images": SLOTS})
+        call = client.async_infer("generate", inputs, lambda result, error: None)
         while metric(server, "closeup_slots_in_use") < SLOTS:
             time.sleep(0.02)
         with pytest.raises(InferenceServerException) as caught:
@@ -201,7 +201,8 @@ def test_more_pictures_than_slots_are_refused_with_unavailable(server: EmbeddedS
         assert "UNAVAILABLE: 8 of 8 slots are taken" in caught.value.message()
         status, answer = post(server, "generate/infer", infer_body(SMALL))
         assert status == 503, answer
-        assert first.result().as_numpy("image").shape == (SLOTS,)
+        call.cancel()
+    wait_until_idle(server)
     assert ask_grpc(server, SMALL).as_numpy("image").shape == (1,)
 
 

@@ -6,6 +6,7 @@ when its segment is done.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -53,43 +54,53 @@ class TritonPythonModel:
         self._watchdog.close()
 
     def _answer(self, reply: Reply, done: Future[Answer]) -> None:
-        self._metrics.slots(self._denoiser.slots_in_use)
         error = done.exception()
         if error is not None:
             reply.fail(error)
         else:
             reply.finish(done.result())
+        self._metrics.publish(self._denoiser.slots_in_use)
 
 
 class _Metrics:
-    """Counters on Triton's metrics endpoint."""
+    """Counters on Triton's metrics endpoint.
+
+    Every change crosses to Triton's process, at a few tenths of a millisecond each, so ticks are
+    summed here and published with the answers.
+    """
 
     def __init__(self, model: str) -> None:
-        labels = {"model": model}
-
-        def counter(name: str, description: str) -> Any:
-            family = pb_utils.MetricFamily(
-                name=name, description=description, kind=pb_utils.MetricFamily.COUNTER
-            )
-            self._families.append(family)
-            return family.Metric(labels=labels)
-
+        self._lock = threading.Lock()
+        self._pending = [0.0, 0.0, 0.0]
         self._families: list[Any] = []
-        self._calls = counter("closeup_engine_calls_total", "Denoiser engine calls")
-        self._steps = counter("closeup_sequence_steps_total", "Denoising steps of sequences")
-        self._seconds = counter("closeup_engine_seconds_total", "Seconds in the denoiser engine")
-        gauge = pb_utils.MetricFamily(
-            name="closeup_slots_in_use",
-            description="Pictures in flight",
-            kind=pb_utils.MetricFamily.GAUGE,
-        )
-        self._families.append(gauge)
-        self._slots = gauge.Metric(labels=labels)
+        kind = pb_utils.MetricFamily.COUNTER
+        self._counters = [
+            self._metric(model, name, description, kind)
+            for name, description in (
+                ("closeup_engine_calls_total", "Denoiser engine calls"),
+                ("closeup_sequence_steps_total", "Denoising steps of sequences"),
+                ("closeup_engine_seconds_total", "Seconds in the denoiser engine"),
+            )
+        ]
+        gauge = pb_utils.MetricFamily.GAUGE
+        self._slots = self._metric(model, "closeup_slots_in_use", "Pictures in flight", gauge)
 
     def tick(self, sequences: int, seconds: float) -> None:
-        self._calls.increment(1)
-        self._steps.increment(sequences)
-        self._seconds.increment(seconds)
+        """Count one engine call."""
+        with self._lock:
+            for index, amount in enumerate((1, sequences, seconds)):
+                self._pending[index] += amount
 
-    def slots(self, in_use: int) -> None:
-        self._slots.set(in_use)
+    def publish(self, slots_in_use: int) -> None:
+        """Bring Triton's counters up to date."""
+        with self._lock:
+            amounts, self._pending = self._pending, [0.0, 0.0, 0.0]
+        if any(amounts):
+            for counter, amount in zip(self._counters, amounts, strict=True):
+                counter.increment(amount)
+        self._slots.set(slots_in_use)
+
+    def _metric(self, model: str, name: str, description: str, kind: Any) -> Any:
+        family = pb_utils.MetricFamily(name=name, description=description, kind=kind)
+        self._families.append(family)
+        return family.Metric(labels={"model": model})

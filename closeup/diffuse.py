@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
-import numpy.typing as npt
 
 from closeup.images import encode_image, pixels_from_floats, resize
 from closeup.noise import TorchNormal
-from closeup.run import Array, Run, text_tensor
+from closeup.run import Array, Floats, Run, text_tensor
 from closeup.samplers import StepTable
 from closeup.segments import SEGMENT
 from closeup.tokens import PromptTokenizer
@@ -16,31 +17,35 @@ PREVIEW_SIDE_PX = 256
 # The encoder's log-variance is clamped to this range before it is used.
 # Source: diffusers, models/autoencoders/vae.py, DiagonalGaussianDistribution.
 LOGVAR_RANGE = (-30.0, 20.0)
+NEGATIVE = "negative_prompt"
 
-Floats = npt.NDArray[np.float32]
 
-
-async def encode_prompts(run: Run, tokenizer: PromptTokenizer, prompts: list[str]) -> Floats:
-    """Return the text encoder's states (n, L, D); long prompts are cut, with a warning."""
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    for tokens in encoded[1:]:
-        if tokens.truncated:
+async def encode_prompts(
+    run: Run, tokenizer: PromptTokenizer, prompts: Mapping[str, str]
+) -> dict[str, Floats]:
+    """Return the text encoder's states (L, D) by field; long prompts are cut, with a warning."""
+    encoded = {field: tokenizer.encode(prompt) for field, prompt in prompts.items()}
+    for field, tokens in encoded.items():
+        if tokens.truncated and (field != NEGATIVE or is_guided(run)):
             run.warnings.append(
-                f"the prompt is {tokens.truncated} tokens longer than the "
+                f"{field} is {tokens.truncated} tokens longer than the "
                 f"{run.request.model.tokenizer.max_tokens - 2} the model reads; its end was cut."
             )
-            break
-    ids = np.stack([tokens.ids for tokens in encoded])
-    outputs = await run.infer(
-        run.request.model.text_encoder, {"input_ids": ids}, ["last_hidden_state"]
+    ids = np.stack([tokens.ids for tokens in encoded.values()])
+    states = await run.infer_floats(
+        run.request.model.text_encoder, {"input_ids": ids}, "last_hidden_state"
     )
-    return np.asarray(outputs["last_hidden_state"], np.float32)
+    return dict(zip(encoded, states, strict=True))
+
+
+def is_guided(run: Run) -> bool:
+    """Whether the request uses classifier-free guidance."""
+    return run.request.cfg_scale > 1
 
 
 def context_rows(run: Run, negative: Floats, prompt: Floats) -> Floats:
     """Return the context of one sequence: two rows with guidance, one without."""
-    guided = run.request.cfg_scale > 1
-    return np.stack([negative, prompt]) if guided else prompt[None]
+    return np.stack([negative, prompt]) if is_guided(run) else prompt[None]
 
 
 async def encode_picture(run: Run, picture: Floats) -> tuple[Floats, Floats]:
@@ -54,8 +59,8 @@ async def encode_picture(run: Run, picture: Floats) -> tuple[Floats, Floats]:
         mean, std: each (C, H/8, W/8) float32.
     """
     pixels = np.ascontiguousarray((picture * 2 - 1).transpose(2, 0, 1)[None], np.float32)
-    outputs = await run.infer(run.request.model.vae_encoder, {"image": pixels}, ["moments"])
-    mean, logvar = np.split(outputs["moments"][0], 2)
+    moments = await run.infer_floats(run.request.model.vae_encoder, {"image": pixels}, "moments")
+    mean, logvar = np.split(moments[0], 2)
     return mean, np.exp(np.float32(0.5) * np.clip(logvar, *LOGVAR_RANGE))
 
 
@@ -69,9 +74,11 @@ def sample_posterior(run: Run, moments: tuple[Floats, Floats], stream: TorchNorm
 
 async def decode_latents(run: Run, latents: Floats) -> Floats:
     """Return the picture (H, W, 3) in [0, 1] of denoised latents (C, h, w)."""
-    outputs = await run.infer(run.request.model.vae_decoder, {"latents": latents[None]}, ["image"])
-    picture = np.asarray(outputs["image"][0], np.float32).transpose(1, 2, 0)
-    return np.clip(picture * np.float32(0.5) + np.float32(0.5), 0, 1)
+    decoder = run.request.model.vae_decoder
+    images = await run.infer_floats(decoder, {"latents": latents[None]}, "image")
+    picture = images[0].transpose(1, 2, 0)
+    clipped: Floats = np.clip(picture * np.float32(0.5) + np.float32(0.5), 0, 1)
+    return clipped
 
 
 async def denoise(

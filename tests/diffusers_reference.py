@@ -40,6 +40,9 @@ class DiffusersReference:
 
     Args:
         folder: a pipeline in diffusers layout.
+
+    Attributes:
+        source: the scheduler's configuration as the folder has it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,7 +51,20 @@ class DiffusersReference:
             folder, safety_checker=None, torch_dtype=torch.float32
         )
         self._components = base.components
-        self._source = type(base.scheduler).from_pretrained(folder, subfolder="scheduler")
+        # Not base.scheduler: the pipelines' constructors rewrite steps_offset and clip_sample.
+        source = type(base.scheduler).from_pretrained(folder, subfolder="scheduler")
+        self.source: Mapping[str, Any] = source.config
+        self._pipelines: dict[str, Any] = {}
+
+    def pipeline(self, mode: str) -> Any:
+        """Return the pipeline of a mode, made at its first use."""
+        if mode not in self._pipelines:
+            made = getattr(diffusers, PIPELINES[mode])(
+                **self._components, requires_safety_checker=False
+            )
+            made.set_progress_bar_config(disable=True)
+            self._pipelines[mode] = made
+        return self._pipelines[mode]
 
     def paint(self, mode: str, scheduler: str, *, seed: int, **arguments: Any) -> Pixels:
         """Return one picture (H, W, 3).
@@ -59,12 +75,9 @@ class DiffusersReference:
             seed: of the CPU generator.
             arguments: of the pipeline's call.
         """
-        pipeline = getattr(diffusers, PIPELINES[mode])(
-            **self._components, requires_safety_checker=False
-        )
+        pipeline = self.pipeline(mode)
         name, overrides = SCHEDULERS[scheduler]
-        pipeline.scheduler = getattr(diffusers, name).from_config(self._source.config, **overrides)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler = getattr(diffusers, name).from_config(self.source, **overrides)
         pictures = pipeline(
             generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **arguments
         ).images

@@ -245,7 +245,7 @@ def draw_inputs(inputs: tuple[GraphTensor, ...], sizes: Sizes, seed: int) -> dic
         "input_scale": 0.5 + torch.rand(batch, generator=generator),
     }
     if "lora" in drawn:
-        drawn["lora"] = drawn["lora"] * 0.1
+        drawn["lora"] = drawn["lora"] * 0.03
         drawn["lora"][0] = 0
         drawn["lora_row"] = torch.randint(sizes["adapters"], (rows,), generator=generator)
     return drawn

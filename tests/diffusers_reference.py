@@ -28,6 +28,19 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "tcd": ("TCDScheduler", {}),
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
 }
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+MORE_SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "dpm++2m_sde": ("DPMSolverMultistepScheduler", _SDE),
+    "dpm++3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "dpm++3m_sde": ("DPMSolverMultistepScheduler", {**_SDE, "solver_order": 3}),
+    "dpm++2s": ("DPMSolverSinglestepScheduler", {"solver_order": 2}),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
+    "deis": ("DEISMultistepScheduler", {"solver_order": 2}),
+    "deis3": ("DEISMultistepScheduler", {"solver_order": 3}),
+    "heun": ("HeunDiscreteScheduler", {"clip_sample": False}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+}
 PIPELINES = {
     "text-to-image": "StableDiffusionPipeline",
     "image-to-image": "StableDiffusionImg2ImgPipeline",
@@ -71,12 +84,12 @@ class DiffusersReference:
 
         Args:
             mode: a key of `PIPELINES`.
-            scheduler: a key of `SCHEDULERS`.
+            scheduler: a key of `SCHEDULERS` or `MORE_SCHEDULERS`.
             seed: of the CPU generator.
             arguments: of the pipeline's call.
         """
         pipeline = self.pipeline(mode)
-        name, overrides = SCHEDULERS[scheduler]
+        name, overrides = {**SCHEDULERS, **MORE_SCHEDULERS}[scheduler]
         pipeline.scheduler = getattr(diffusers, name).from_config(self.source, **overrides)
         pictures = pipeline(
             generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **arguments

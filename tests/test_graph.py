@@ -212,6 +212,7 @@ def test_denoising_strength_zero_returns_the_input(toy: ToyModels) -> None:
     )
     assert all(np.array_equal(pixels, picture) for pixels in outcome.pictures)
     assert run.usage["denoiser_steps"] == 0
+    assert run.warnings == []
 
 
 @pytest.mark.parametrize("size", [(128, 128), (61, 83)])
@@ -446,16 +447,21 @@ def test_broken_face_patch_is_an_error_and_no_black_square(make: Make) -> None:
 def test_error_in_one_picture_stops_its_mates(make: Make) -> None:
     toy = make()
 
+    answered = []
+
     def fail_second(inputs: Mapping[str, Array], outputs: Outputs) -> Outputs:
-        if inputs["operation"][0] == b"segment" and toy.count("toy_denoiser", "segment") >= 2:
-            raise ModelError("the second picture's step failed.")
+        if inputs["operation"][0] == b"segment":
+            answered.append(outputs)
+            if len(answered) == 2:
+                raise ModelError("the second picture's step failed.")
         return outputs
 
     toy.faults["toy_denoiser"] = fail_second
     with pytest.raises(ModelError, match="second picture"):
         toy.paint(**{**FIELDS, "steps": 40, "num_images": 3})
-    # Three first segments were under way; none began after the failure.
-    assert toy.count("toy_denoiser", "segment") == 3
+    # Three first segments were under way; of what was answered before the failure one may have
+    # begun its second. Left alone, the mates would have sent 10 segments each.
+    assert toy.count("toy_denoiser", "segment") <= 4
     assert toy.calls[-1] == ("toy_denoiser", "release")
     assert toy.denoiser().slots_in_use == 0
 

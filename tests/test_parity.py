@@ -21,7 +21,13 @@ from PIL import Image
 
 from closeup.local import LocalModels
 from closeup.samplers import SAMPLERS
-from tests.diffusers_reference import SCHEDULERS, DiffusersReference, Pixels, psnr_db
+from tests.diffusers_reference import (
+    MORE_SCHEDULERS,
+    SCHEDULERS,
+    DiffusersReference,
+    Pixels,
+    psnr_db,
+)
 from tests.paths import DEMO_WEIGHTS
 from tests.tiny_export import export_tiny, with_scheduler
 from tests.toy_models import png, waves
@@ -110,7 +116,7 @@ def paint_theirs(
 
 
 def test_reference_covers_every_sampler() -> None:
-    assert set(SCHEDULERS) == set(SAMPLERS)
+    assert {*SCHEDULERS, *MORE_SCHEDULERS} == set(SAMPLERS)
 
 
 def test_reference_keeps_the_folders_scheduler_config(pipelines: dict[str, Sides]) -> None:
@@ -132,6 +138,14 @@ def test_picture_equals_diffusers(
     sides.levels[f"{scheduler}, {mode}, cfg {cfg_scale:g}"] = level
     assert ours.std() > 5  # a picture, not a plain colour
     assert level >= BAR_DB
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scheduler", MORE_SCHEDULERS)
+def test_picture_of_further_samplers_equals_diffusers(
+    pipelines: dict[str, Sides], scheduler: str, mode: str
+) -> None:
+    test_picture_equals_diffusers(pipelines, "epsilon_leading", scheduler, mode, 4.0)
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)

@@ -19,6 +19,7 @@ from export.__main__ import main as export_main
 from tests.tiny_pipelines import SCHEDULER, write_tiny_pipeline
 
 MAX_BATCH, LORA_RANK, NATIVE_PX = 4, 8, 64
+WAIT_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +38,12 @@ def export_tiny(factory: pytest.TempPathFactory) -> TinyExport:
     try:
         folder.mkdir()
     except FileExistsError:
+        due_s = time.monotonic() + WAIT_S
         while not (folder / "done").exists():  # another process is at it
+            assert time.monotonic() < due_s, f"nobody finished {folder}"
             time.sleep(0.1)
         return exported
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more only get in each other's way at this size
     write_tiny_pipeline(exported.pipeline)
     facts = json.dumps({"native_px": NATIVE_PX})
@@ -49,6 +53,7 @@ def export_tiny(factory: pytest.TempPathFactory) -> TinyExport:
         "--lora-rank": LORA_RANK, "--max-batch": MAX_BATCH,
     }  # fmt: skip
     assert export_main([str(word) for pair in arguments.items() for word in pair]) == 0
+    torch.set_num_threads(threads)
     (folder / "done").touch()
     return exported
 

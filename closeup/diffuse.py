@@ -17,16 +17,25 @@ PREVIEW_SIDE_PX = 256
 # The encoder's log-variance is clamped to this range before it is used.
 # Source: diffusers, models/autoencoders/vae.py, DiagonalGaussianDistribution.
 LOGVAR_RANGE = (-30.0, 20.0)
-NEGATIVE = "negative_prompt"
+NEGATIVE, FACE = "negative_prompt", "face_prompt"
 
 
 async def encode_prompts(
     run: Run, tokenizer: PromptTokenizer, prompts: Mapping[str, str]
 ) -> dict[str, Floats]:
-    """Return the text encoder's states (L, D) by field; long prompts are cut, with a warning."""
-    encoded = {field: tokenizer.encode(prompt) for field, prompt in prompts.items()}
+    """Return the text encoder's states (L, D) by field; long prompts are cut, with a warning.
+
+    A face prompt keeps the model's suffix: it is cut before that.
+    """
+    suffix = run.request.model.face_prompt_suffix
+    encoded = {
+        field: tokenizer.encode(
+            prompt, ending=suffix if field == FACE and prompt.endswith(suffix) else ""
+        )
+        for field, prompt in prompts.items()
+    }
     for field, tokens in encoded.items():
-        if tokens.truncated and (field != NEGATIVE or is_guided(run)):
+        if tokens.truncated and _is_worth_telling(run, field):
             run.warnings.append(
                 f"{field} is {tokens.truncated} tokens longer than the "
                 f"{run.request.model.tokenizer.max_tokens - 2} the model reads; its end was cut."
@@ -36,6 +45,13 @@ async def encode_prompts(
         run.request.model.text_encoder, {"input_ids": ids}, "last_hidden_state"
     )
     return dict(zip(encoded, states, strict=True))
+
+
+def _is_worth_telling(run: Run, field: str) -> bool:
+    request = run.request
+    if field == NEGATIVE:
+        return is_guided(run)
+    return field != FACE or request.face_prompt != request.prompt + request.model.face_prompt_suffix
 
 
 def is_guided(run: Run) -> bool:

@@ -63,8 +63,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyExport:
 
 @pytest.fixture(scope="module")
 def ours(tiny: TinyExport) -> Iterator[FacedModels]:
-    with FacedModels(tiny.repository) as models:
-        yield models
+    models = FacedModels(tiny.repository)
+    yield models
+    models.close()
 
 
 @pytest.fixture(scope="module")

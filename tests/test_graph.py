@@ -321,6 +321,24 @@ def test_long_prompt_is_cut_with_a_warning(toy: ToyModels) -> None:
     ]
 
 
+def test_face_prompt_keeps_the_models_suffix_when_the_prompt_is_cut(toy: ToyModels) -> None:
+    read: list[Any] = []
+
+    def keep_ids(inputs: Mapping[str, Array], outputs: Outputs) -> Outputs:
+        read.append(inputs["input_ids"])
+        return outputs
+
+    toy.faults["toy_text_encoder"] = keep_ids
+    suffix = [5, 6, 7]  # write_toy_repository's
+    for words in (4, 72, 73, 90):
+        run, _, _ = toy.paint(**{**FIELDS, "prompt": "word4 " * words}, inpaint_faces=True)
+        _, prompt, face = read[-1].tolist()
+        kept = min(words, 75 - len(suffix))
+        assert face[: kept + 5] == [1, *[4] * kept, *suffix, 2]
+        assert prompt[1:76].count(4) == min(words, 75)
+        assert len(run.warnings) == (words > 75)
+
+
 def test_progress_is_monotone_and_complete(make: Make) -> None:
     toy = make(faces=GRID[:3])
     run, _, events = toy.paint(**FACES, num_images=2, hires_fix=True)

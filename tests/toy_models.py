@@ -57,6 +57,7 @@ def write_toy_repository(folder: Path) -> Path:
     manifest = make_manifest(
         native_px=NATIVE_PX,
         max_batch=8,
+        face_prompt_suffix=" word5 word6 word7",
         tokenizer=Tokenizer(
             path="tokenizer.json", max_tokens=77, bos_token_id=1, eos_token_id=2, pad_token_id=2
         ),

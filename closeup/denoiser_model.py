@@ -36,6 +36,7 @@ class TritonPythonModel:
             settings=settings,
             on_tick=self._metrics.tick,
         )
+        self._metrics.publish(self._denoiser.slots_in_use)  # the warm-up's
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Start every request; answers come later."""

@@ -24,7 +24,7 @@ serve: setup  ## export the demo model and serve it on ports 8000 to 8002
 	$(BIN)/python -m closeup.server --lora-dir demo/weights/loras
 
 test: setup  ## every test, no network and no GPU
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup  ## ruff and mypy --strict, tests included
 	$(BIN)/ruff check .

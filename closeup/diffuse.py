@@ -1,16 +1,16 @@
-"""Prompts to embeddings, pictures to latents and back, and the denoising of one sequence."""
+"""Pictures to latents and back, and the denoising of one sequence."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
+from closeup.conditioning import Guide
 from closeup.images import encode_image, pixels_from_floats, resize
 from closeup.noise import TorchNormal
 from closeup.run import Array, Run, text_tensor
 from closeup.samplers import StepTable
 from closeup.segments import SEGMENT
-from closeup.tokens import PromptTokenizer
 
 PREVIEW_SIDE_PX = 256
 # The encoder's log-variance is clamped to this range before it is used.
@@ -18,29 +18,6 @@ PREVIEW_SIDE_PX = 256
 LOGVAR_RANGE = (-30.0, 20.0)
 
 Floats = npt.NDArray[np.float32]
-
-
-async def encode_prompts(run: Run, tokenizer: PromptTokenizer, prompts: list[str]) -> Floats:
-    """Return the text encoder's states (n, L, D); long prompts are cut, with a warning."""
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    for tokens in encoded[1:]:
-        if tokens.truncated:
-            run.warnings.append(
-                f"the prompt is {tokens.truncated} tokens longer than the "
-                f"{run.request.model.tokenizer.max_tokens - 2} the model reads; its end was cut."
-            )
-            break
-    ids = np.stack([tokens.ids for tokens in encoded])
-    outputs = await run.infer(
-        run.request.model.text_encoder, {"input_ids": ids}, ["last_hidden_state"]
-    )
-    return np.asarray(outputs["last_hidden_state"], np.float32)
-
-
-def context_rows(run: Run, negative: Floats, prompt: Floats) -> Floats:
-    """Return the context of one sequence: two rows with guidance, one without."""
-    guided = run.request.cfg_scale > 1
-    return np.stack([negative, prompt]) if guided else prompt[None]
 
 
 async def encode_picture(run: Run, picture: Floats) -> tuple[Floats, Floats]:
@@ -78,7 +55,7 @@ async def denoise(
     run: Run,
     *,
     sample: Floats,
-    context: Floats,
+    guide: Guide,
     table: StepTable,
     stream: TorchNormal,
     image: int,
@@ -91,7 +68,7 @@ async def denoise(
     Args:
         run: the request; its current stage is advanced by each step.
         sample: (C, h, w) starting latents in the sampler's space.
-        context: (rows, L, D).
+        guide: what it is conditioned on.
         table: K steps.
         stream: where the stochastic steps' noise is drawn from.
         image: index of the picture, for progress.
@@ -115,7 +92,8 @@ async def denoise(
             "ticket": np.array([run.ticket], np.int64),
             "sample": sample,
             "memory": memory,
-            "context": context,
+            "context": guide.context,
+            **guide.extras,
             "guidance": np.array([run.request.cfg_scale], np.float32),
             "timestep": table.timesteps[part],
             "input_scale": table.input_scale[part],

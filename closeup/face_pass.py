@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from closeup.conditioning import Conditioning, Guide
 from closeup.detection import (
     OUTPUT_NAMES,
     Face,
@@ -31,7 +32,7 @@ FaceReport = dict[str, Any]
 
 
 async def inpaint_faces(
-    run: Run, pictures: list[Pixels], *, originals: list[Pixels], context: Floats
+    run: Run, pictures: list[Pixels], *, originals: list[Pixels], conditioning: Conditioning
 ) -> tuple[list[Pixels], list[list[FaceReport]]]:
     """Repaint the faces of every picture; all faces go through the denoiser together.
 
@@ -40,7 +41,7 @@ async def inpaint_faces(
         pictures: uint8 (H, W, 3).
         originals: the same before super-resolution; faces are found in these, since detectors
             are trained on small faces.
-        context: (rows, L, D) of the face prompt.
+        conditioning: the encoded prompts.
 
     Returns:
         The pictures, every byte outside the face masks unchanged, and a report for each face.
@@ -52,11 +53,13 @@ async def inpaint_faces(
         _plan(run, scale_faces(faces, factor), pixels, seed)
         for faces, pixels, seed in zip(found, pictures, run.request.seeds, strict=True)
     ]
+    work_px = run.request.model.native_px
+    guide = conditioning.guide(run, height=work_px, width=work_px, face=True)
     with run.stage("faces", 0):
         repainted = await together(
             run,
             [
-                _repaint_picture(run, index, pixels, picture_plans, context)
+                _repaint_picture(run, index, pixels, picture_plans, guide)
                 for index, (pixels, picture_plans) in enumerate(zip(pictures, plans, strict=True))
             ],
         )
@@ -103,21 +106,21 @@ def _idle(plan: FacePlan) -> FacePlan:
 
 
 async def _repaint_picture(
-    run: Run, image: int, pixels: Pixels, plans: list[FacePlan], context: Floats
+    run: Run, image: int, pixels: Pixels, plans: list[FacePlan], guide: Guide
 ) -> Pixels:
     wanted = [plan for plan in plans if plan.action is FaceAction.REPAINT]
     if not wanted:
         return pixels
     picture = floats_from_pixels(pixels)
     patches = await together(
-        run, [_repaint_face(run, image, picture, plan, context) for plan in wanted]
+        run, [_repaint_face(run, image, picture, plan, guide) for plan in wanted]
     )
     run.count("inference_cycles")
     return blend_faces(pixels, patches)
 
 
 async def _repaint_face(
-    run: Run, image: int, picture: Floats, plan: FacePlan, context: Floats
+    run: Run, image: int, picture: Floats, plan: FacePlan, guide: Guide
 ) -> tuple[Floats, FaceCrop, Floats]:
     """Return the repainted crop (work, work, 3), where it belongs, and its mask (work, work)."""
     table = _table(run, plan)
@@ -132,7 +135,7 @@ async def _repaint_face(
     latents = await denoise(
         run,
         sample=np.asarray(table.init[0] * known + table.init[1] * noise, np.float32),
-        context=context,
+        guide=guide,
         table=table,
         stream=stream,
         image=image,

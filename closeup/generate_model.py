@@ -84,8 +84,11 @@ class GenerateModel:
         try:
             request = await asyncio.to_thread(self._resolve, inputs, parameters)
             run = self._start_run(request, reply)
-            tokenizer = self._repository.tokenizer(request.model)
-            outcome = await generate(run, tokenizer=tokenizer, upscaler=self._repository.upscaler)
+            outcome = await generate(
+                run,
+                tokenizers=self._repository.tokenizers(request.model),
+                upscaler=self._repository.upscaler,
+            )
             run.check()
             reply.finish(await asyncio.to_thread(self._answer, run, outcome))
         except BaseException as error:

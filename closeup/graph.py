@@ -7,20 +7,19 @@ request, so that they share engine calls. Nothing here knows Triton: models are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from closeup.conditioning import Conditioning, Guide, encode_prompts
 from closeup.diffuse import (
     Floats,
-    context_rows,
     decode_latents,
     denoise,
     encode_picture,
-    encode_prompts,
     sample_posterior,
 )
 from closeup.face_pass import FaceReport, inpaint_faces
@@ -34,15 +33,6 @@ from closeup.tokens import PromptTokenizer
 from closeup.upscale import fit_tile, plan_tiles, sr_factor, super_resolve
 
 Pixels = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Conditioning:
-    """Encoded prompts, each (L, D) float32."""
-
-    negative: Floats
-    prompt: Floats
-    face_prompt: Floats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,13 +51,13 @@ class Outcome:
 
 
 async def generate(
-    run: Run, *, tokenizer: PromptTokenizer, upscaler: UpscalerManifest | None
+    run: Run, *, tokenizers: Sequence[PromptTokenizer], upscaler: UpscalerManifest | None
 ) -> Outcome:
     """Run a request from prompt to finished pictures.
 
     Args:
         run: the request and what runs it.
-        tokenizer: of the request's model.
+        tokenizers: of the model's text encoders.
         upscaler: of the repository; needed for super-resolution.
 
     Raises:
@@ -77,7 +67,7 @@ async def generate(
     stages: dict[str, list[Pixels]] = {}
     faces: list[list[FaceReport]] = [[] for _ in request.seeds]
     async with run.admitted():
-        conditioning = await encode(run, tokenizer)
+        conditioning = await encode(run, tokenizers)
         pictures = await paint(run, conditioning)
         originals = [pixels_from_floats(picture) for picture in pictures]
         if request.stages:
@@ -95,21 +85,17 @@ async def generate(
                 run,
                 pixels,
                 originals=originals,
-                context=context_rows(run, conditioning.negative, conditioning.face_prompt),
+                conditioning=conditioning,
             )
     return Outcome(pictures=pixels, faces=faces, stages=stages)
 
 
-async def encode(run: Run, tokenizer: PromptTokenizer) -> Conditioning:
-    """Encode the negative prompt, the prompt and the face prompt in one call."""
-    request = run.request
-    prompts = [request.negative_prompt, request.prompt]
-    if request.inpaint_faces:
-        prompts.append(request.face_prompt)
+async def encode(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Conditioning:
+    """Encode the prompts."""
     with run.stage("encode", 1):
-        states = await encode_prompts(run, tokenizer, prompts)
+        conditioning = await encode_prompts(run, tokenizers)
         run.advance(1)
-    return Conditioning(negative=states[0], prompt=states[1], face_prompt=states[-1])
+    return conditioning
 
 
 async def paint(run: Run, conditioning: Conditioning) -> list[Floats]:
@@ -124,9 +110,9 @@ async def paint(run: Run, conditioning: Conditioning) -> list[Floats]:
     )
     if len(table.timesteps) == 0:
         assert request.image is not None
-        run.warnings.append("denoising_strength times steps is below one step: nothing was done.")
+        run.warn("denoising_strength times steps is below one step: nothing was done.")
         return [floats_from_pixels(request.image)] * request.num_images
-    context = context_rows(run, conditioning.negative, conditioning.prompt)
+    guide = conditioning.guide(run, height=request.height, width=request.width)
     with run.stage("generate", len(table.timesteps) * request.num_images):
         moments = None
         if request.image is not None:
@@ -134,7 +120,7 @@ async def paint(run: Run, conditioning: Conditioning) -> list[Floats]:
         return await together(
             run,
             [
-                _paint_one(run, index, TorchNormal(seed), table, context, moments)
+                _paint_one(run, index, TorchNormal(seed), table, guide, moments)
                 for index, seed in enumerate(request.seeds)
             ],
         )
@@ -145,7 +131,7 @@ async def _paint_one(
     image: int,
     stream: TorchNormal,
     table: StepTable,
-    context: Floats,
+    guide: Guide,
     moments: tuple[Floats, Floats] | None,
 ) -> Floats:
     """One picture; the order of the draws from `stream` is that of the diffusers pipelines."""
@@ -167,7 +153,7 @@ async def _paint_one(
     latents = await denoise(
         run,
         sample=np.asarray(sample, np.float32),
-        context=context,
+        guide=guide,
         table=table,
         stream=stream,
         image=image,
@@ -236,9 +222,10 @@ async def repaint_lightly(
         request.scheduler, request.model.scheduler, request.steps, strength=request.hires_strength
     )
     if len(table.timesteps) == 0:
-        run.warnings.append("hires_denoising_strength times steps is below one step.")
+        run.warn("hires_denoising_strength times steps is below one step.")
         return pictures
-    context = context_rows(run, conditioning.negative, conditioning.prompt)
+    height, width = pictures[0].shape[:2]
+    guide = conditioning.guide(run, height=height, width=width)
 
     async def repaint_one(image: int, picture: Floats, seed: int) -> Floats:
         stream = TorchNormal(seed)
@@ -247,7 +234,7 @@ async def repaint_lightly(
         latents = await denoise(
             run,
             sample=np.asarray(sample, np.float32),
-            context=context,
+            guide=guide,
             table=table,
             stream=stream,
             image=image,

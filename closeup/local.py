@@ -109,7 +109,7 @@ class LocalModels:
         """Run the graph."""
         return await generate(
             run,
-            tokenizer=self.repository.tokenizer(run.request.model),
+            tokenizers=self.repository.tokenizers(run.request.model),
             upscaler=self.repository.upscaler,
         )
 

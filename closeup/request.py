@@ -114,7 +114,7 @@ class Request:
     mode: Mode
     model: ModelManifest
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     face_prompt: str
     loras: tuple[LoraTag, ...]
     num_images: int
@@ -308,7 +308,7 @@ def resolve_request(options: Options, *, served: Served, streaming: bool) -> Req
         mode=mode,
         model=model,
         prompt=parsed.text,
-        negative_prompt=str(options.get("negative_prompt", "")),
+        negative_prompt=_optional_text(options, "negative_prompt"),
         face_prompt=str(options.get("face_prompt", parsed.text + model.face_prompt_suffix)),
         loras=parsed.loras,
         num_images=int(options.get("num_images", 1)),
@@ -335,6 +335,10 @@ def resolve_request(options: Options, *, served: Served, streaming: bool) -> Req
     )
 
 
+def _optional_text(options: Options, name: str) -> str | None:
+    return str(options[name]) if name in options else None
+
+
 def _cfg_scale(options: Options, model: ModelManifest) -> float:
     family = model.facts.default_cfg_scale
     return float(_given(options, "cfg_scale", model.defaults.cfg_scale, family))
@@ -351,6 +355,12 @@ def _warnings(options: Options, model: ModelManifest) -> tuple[str, ...]:
         warnings.append("inpaint_faces turned super_resolution on.")
     if options.get("image_format", DEFAULT_FORMAT) == "png" and "image_quality" in options:
         warnings.append("image_quality has no effect on PNG.")
+    step = model.facts.size_step_px
+    uneven = [name for name in SIDE_FIELDS if int(options.get(name, 0)) % step]
+    if uneven:
+        warnings.append(
+            f"rounded to multiples of {step}, as {model.facts.title} needs: {', '.join(uneven)}."
+        )
     if _cfg_scale(options, model) <= 1 and options.get("negative_prompt"):
         warnings.append("negative_prompt has no effect at cfg_scale 1 and below.")
     return tuple(warnings)
@@ -449,6 +459,15 @@ def _check_served(
                 f"there is no LoRA {_shown(tag.id)} in the server's folder; check the id or add "
                 "the file.",
             )
+    facts = model.facts
+    if options.get("negative_prompt") and not facts.negative_prompt:
+        problems.add("negative_prompt", f"{facts.title} takes none; leave it out.")
+    below = facts.cfg_scale_below
+    if below is not None and float(options.get("cfg_scale", 0)) >= below:
+        problems.add(
+            "cfg_scale",
+            f"got {float(options['cfg_scale']):g}; {facts.title} allows 0 to less than {below:g}.",
+        )
     for name in ("negative_prompt", "face_prompt"):
         if _has_tags(str(options.get(name, "")), name):
             problems.add(name, "takes no tags or flags; put them into prompt.")
@@ -515,8 +534,9 @@ def _size(
 ) -> tuple[int, int]:
     """Width and height before super-resolution: w/h, then the ratio, the picture, the model."""
     step = model.facts.size_step_px
-    width = int(_given(options, "w", model.defaults.width, model.native_px))
-    height = int(_given(options, "h", model.defaults.height, model.native_px))
+    native = model.native_px
+    width = _fit(int(_given(options, "w", model.defaults.width, native)), step)
+    height = _fit(int(_given(options, "h", model.defaults.height, native)), step)
     if image is not None:
         given_h, given_w = image.shape[:2]
         if mode is Mode.UPSCALE:

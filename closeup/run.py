@@ -122,7 +122,8 @@ class Run:
             ["ticket", "warnings"],
         )
         self.ticket = int(answer["ticket"][0])
-        self.warnings += json.loads(answer["warnings"][0])
+        for sentence in json.loads(answer["warnings"][0]):
+            self.warn(sentence)
         try:
             yield
         finally:
@@ -162,6 +163,11 @@ class Run:
         """Note finished work of the current stage and report it."""
         self._done += steps
         self._announce(image, preview)
+
+    def warn(self, sentence: str) -> None:
+        """Add a sentence for the client, once."""
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a usage counter."""

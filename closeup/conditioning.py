@@ -1,0 +1,146 @@
+"""Prompts to what the denoiser is conditioned on, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from closeup.manifest import TextEncoder
+from closeup.run import Array, Run, text_tensor
+from closeup.segments import ENCODE
+from closeup.tokens import PromptTokenizer
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Embedding:
+    """One encoded prompt.
+
+    Attributes:
+        context: (L, D) float32, every text encoder's states joined along D.
+        pooled: (P,) float32; None for families without.
+    """
+
+    context: Floats
+    pooled: Floats | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guide:
+    """What conditions one sequence, one entry a network row.
+
+    Attributes:
+        context: (rows, L, D) float32; negative and prompt, or the prompt alone.
+        extras: the family's further inputs, name -> (rows, ...) float32.
+    """
+
+    context: Floats
+    extras: dict[str, Floats]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conditioning:
+    """The request's prompts, encoded."""
+
+    negative: Embedding
+    prompt: Embedding
+    face_prompt: Embedding
+
+    def guide(self, run: Run, *, height: int, width: int, face: bool = False) -> Guide:
+        """Return the rows of one sequence.
+
+        Args:
+            run: the request.
+            height: of the picture that the sequence paints, px.
+            width: the same.
+            face: take the face prompt.
+        """
+        request = run.request
+        facts = request.model.facts
+        prompt = self.face_prompt if face else self.prompt
+        guided = facts.negative_prompt and request.cfg_scale > 1
+        rows = [self.negative, prompt] if guided else [prompt]
+        extras: dict[str, Floats] = {}
+        if "pooled" in facts.row_extras:
+            extras["pooled"] = np.stack([row.pooled for row in rows if row.pooled is not None])
+        if "time_ids" in facts.row_extras:
+            extras["time_ids"] = np.array([_time_ids(height, width)] * len(rows), np.float32)
+        if "guidance_embed" in facts.row_extras and request.model.guidance_embeds:
+            extras["guidance_embed"] = np.full(len(rows), request.cfg_scale, np.float32)
+        return Guide(context=np.stack([row.context for row in rows]), extras=extras)
+
+
+def _time_ids(height: int, width: int) -> tuple[int, ...]:
+    """Original size, crop offset and target size, as the pipelines' defaults give them.
+
+    Source: diffusers, StableDiffusionXLPipeline._get_add_time_ids.
+    """
+    return (height, width, 0, 0, height, width)
+
+
+async def encode_prompts(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Conditioning:
+    """Encode the negative prompt, the prompt and the face prompt, each encoder in one call.
+
+    Prompts longer than an encoder reads are cut, with a warning.
+    """
+    request = run.request
+    texts = [request.negative_prompt or "", request.prompt]
+    if request.inpaint_faces:
+        texts.append(request.face_prompt)
+    contexts: list[Floats] = []
+    pooled: Floats | None = None
+    for encoder, tokenizer in zip(request.model.encoders, tokenizers, strict=True):
+        states = await _encode(run, encoder, tokenizer, texts)
+        if "context" in states:
+            contexts.append(states["context"])
+        pooled = states.get("pooled", pooled)
+    joined = np.concatenate(contexts, axis=-1)
+    embeddings = [
+        Embedding(context=context, pooled=None if pooled is None else pooled[index])
+        for index, context in enumerate(joined)
+    ]
+    negative = embeddings[0]
+    if request.negative_prompt is None and request.model.zero_empty_negative:
+        negative = _zeros_like(negative)
+    return Conditioning(negative=negative, prompt=embeddings[1], face_prompt=embeddings[-1])
+
+
+async def _encode(
+    run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: list[str]
+) -> dict[str, Floats]:
+    encoded = [tokenizer.encode(text) for text in texts]
+    cut = max(tokens.truncated for tokens in encoded)
+    if cut:
+        run.warn(
+            f"a prompt is {cut} tokens longer than the {encoder.tokenizer.max_tokens} that "
+            f"{encoder.name} reads; its end was cut."
+        )
+    ids: Array = np.stack([tokens.ids for tokens in encoded])
+    model = run.request.model
+    if encoder.lora is None:
+        name = model.encoder_model(encoder)
+        answer = await run.infer(name, {"input_ids": ids}, encoder.outputs)
+        return {output: np.asarray(answer[output], np.float32) for output in encoder.outputs}
+    inputs = {
+        "operation": text_tensor(ENCODE),
+        "ticket": np.array([run.ticket], np.int64),
+        "encoder": text_tensor(encoder.name),
+        "input_ids": ids,
+    }
+    wanted = [f"encoded_{output}" for output in encoder.outputs]
+    answer = await run.infer(model.denoiser, inputs, wanted)
+    return {
+        output: np.asarray(answer[f"encoded_{output}"], np.float32) for output in encoder.outputs
+    }
+
+
+def _zeros_like(embedding: Embedding) -> Embedding:
+    pooled = embedding.pooled
+    return Embedding(
+        context=np.zeros_like(embedding.context),
+        pooled=None if pooled is None else np.zeros_like(pooled),
+    )

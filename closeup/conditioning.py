@@ -12,6 +12,7 @@ from closeup.manifest import TextEncoder
 from closeup.run import Array, Run, text_tensor
 from closeup.segments import ENCODE
 from closeup.tokens import PromptTokenizer
+from closeup.weighted_prompt import apply_weights, encode_weighted, parse_weights
 
 Floats = npt.NDArray[np.float32]
 
@@ -112,6 +113,9 @@ async def encode_prompts(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Con
 async def _encode(
     run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: list[str]
 ) -> dict[str, Floats]:
+    """Return an encoder's outputs for the texts: context (n, L, D), pooled (n, P)."""
+    if run.request.use_lpw:
+        return await _encode_weighted(run, encoder, tokenizer, texts)
     encoded = [tokenizer.encode(text) for text in texts]
     cut = max(tokens.truncated for tokens in encoded)
     if cut:
@@ -119,7 +123,42 @@ async def _encode(
             f"a prompt is {cut} tokens longer than the {encoder.tokenizer.max_tokens} that "
             f"{encoder.name} reads; its end was cut."
         )
-    ids: Array = np.stack([tokens.ids for tokens in encoded])
+    return await _states(run, encoder, np.stack([tokens.ids for tokens in encoded]))
+
+
+async def _encode_weighted(
+    run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: list[str]
+) -> dict[str, Floats]:
+    """The same for weighted prompts: chunks side by side along L, all texts of equal length."""
+    prompts = [encode_weighted(tokenizer, encoder.tokenizer, parse_weights(text)) for text in texts]
+    chunks = max(len(prompt.ids) for prompt in prompts)
+    empty = encode_weighted(tokenizer, encoder.tokenizer, [])
+    ids = [
+        np.concatenate([prompt.ids, *[empty.ids] * (chunks - len(prompt.ids))])
+        for prompt in prompts
+    ]
+    states = await _states(run, encoder, np.concatenate(ids))
+    if "pooled" in states:
+        states["pooled"] = states["pooled"][::chunks]  # of each prompt's first chunk
+    if "context" in states:
+        joined = states["context"].reshape(len(texts), -1, states["context"].shape[-1])
+        states["context"] = np.stack(
+            [
+                apply_weights(context, _padded_weights(prompt.weights, joined.shape[1]))
+                for context, prompt in zip(joined, prompts, strict=True)
+            ]
+        )
+    return states
+
+
+def _padded_weights(weights: Floats, length: int) -> Floats:
+    padded = np.ones(length, np.float32)
+    padded[: weights.size] = weights.ravel()
+    return padded
+
+
+async def _states(run: Run, encoder: TextEncoder, ids: Array) -> dict[str, Floats]:
+    """Run an encoder on token ids (n, L)."""
     model = run.request.model
     if encoder.lora is None:
         name = model.encoder_model(encoder)

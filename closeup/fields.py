@@ -106,6 +106,8 @@ FIELDS: tuple[Field, ...] = (
         name="negative_prompt", kind=Kind.STRING, default="empty",
         doc="What to keep out of the picture.", minimum=0, maximum=MAX_PROMPT_CHARACTERS,
     ),
+    Field(name="use_lpw", kind=Kind.BOOL, default="false",
+          doc="Weighted prompts of any length: `(word:1.2)`, `[word]`; not on FLUX.1."),
     Field(name="model", kind=Kind.STRING, default="the first exported",
           doc="Which served model paints.", minimum=1, maximum=200),
     Field(name="num_images", kind=Kind.INT, default="1", minimum=1, maximum=8,

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from closeup.errors import RequestError
 from closeup.faces import FaceOptions, FaceOrder
+from closeup.families import Family
 from closeup.fields import (
     ASPECT_RATIOS,
     FIELD_BY_NAME,
@@ -35,6 +36,7 @@ from closeup.images import ImageFormat, decode_image, floats_from_pixels, pixels
 from closeup.manifest import ModelManifest
 from closeup.prompt import LoraTag, ParsedPrompt, parse_prompt
 from closeup.samplers import build_step_table, default_sampler
+from closeup.weighted_prompt import parse_weights
 
 Value = str | bytes | int | float | bool
 Options = Mapping[str, Value]
@@ -129,6 +131,7 @@ class Request:
     hires_fix: bool
     hires_strength: float
     inpaint_faces: bool
+    use_lpw: bool
     faces: FaceOptions
     image: Pixels | None
     mask: Pixels | None
@@ -323,6 +326,7 @@ def resolve_request(options: Options, *, served: Served, streaming: bool) -> Req
         hires_fix=bool(options.get("hires_fix", False)),
         hires_strength=float(options.get("hires_denoising_strength", DEFAULT_HIRES_STRENGTH)),
         inpaint_faces=bool(options.get("inpaint_faces", False)),
+        use_lpw=bool(options.get("use_lpw", False)),
         faces=_face_options(options),
         image=image,
         mask=mask,
@@ -459,15 +463,7 @@ def _check_served(
                 f"there is no LoRA {_shown(tag.id)} in the server's folder; check the id or add "
                 "the file.",
             )
-    facts = model.facts
-    if options.get("negative_prompt") and not facts.negative_prompt:
-        problems.add("negative_prompt", f"{facts.title} takes none; leave it out.")
-    below = facts.cfg_scale_below
-    if below is not None and float(options.get("cfg_scale", 0)) >= below:
-        problems.add(
-            "cfg_scale",
-            f"got {float(options['cfg_scale']):g}; {facts.title} allows 0 to less than {below:g}.",
-        )
+    _check_family(options, model.facts, problems)
     for name in ("negative_prompt", "face_prompt"):
         if _has_tags(str(options.get(name, "")), name):
             problems.add(name, "takes no tags or flags; put them into prompt.")
@@ -478,6 +474,21 @@ def _check_served(
     if options.get("inpaint_faces") and not served.has_face_detector:
         problems.add("inpaint_faces", "this server has no face detector; export one.")
     problems.raise_if_any()
+    for name in ("prompt", "negative_prompt", "face_prompt") * bool(options.get("use_lpw")):
+        parse_weights(str(options.get(name, "")), field_name=name)
+
+
+def _check_family(options: Options, facts: Family, problems: _Problems) -> None:
+    if options.get("negative_prompt") and not facts.negative_prompt:
+        problems.add("negative_prompt", f"{facts.title} takes none; leave it out.")
+    if options.get("use_lpw") and facts.flow:
+        problems.add("use_lpw", f"{facts.title} takes no weighted prompts; leave it out.")
+    below = facts.cfg_scale_below
+    if below is not None and float(options.get("cfg_scale", 0)) >= below:
+        problems.add(
+            "cfg_scale",
+            f"got {float(options['cfg_scale']):g}; {facts.title} allows 0 to less than {below:g}.",
+        )
 
 
 def _has_tags(text: str, name: str) -> bool:

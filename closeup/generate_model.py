@@ -50,7 +50,7 @@ class GenerateModel:
         configure_logging()
         self._settings = read_settings()
         self._repository = Repository(Path(args["model_repository"]).parent)
-        self._loras = LoraStore(self._settings.lora_dir, layout=None, byte_limit=0)
+        self._loras = LoraStore(self._settings.lora_dir)
         self._models = TritonModels()
         self._watchdog = Watchdog()
         self._loop = asyncio.new_event_loop()

@@ -3,8 +3,9 @@
 A request first takes a ticket (operation ``acquire``), which reserves its slots and makes its
 LoRAs resident; it may have prompts encoded (``encode``) by the text encoders that take LoRAs; it
 then sends *segments*, a few steps of one sequence each, and at last returns the ticket
-(``release``). All arrays are float32; C, h, w are the latents' channels and sides, K
-the steps of the segment, L tokens, D the text encoder's width.
+(``release``). Operation ``loras`` lists the LoRA folder and needs no ticket. All arrays are
+float32; C, h, w are the latents' channels and sides, K the steps of the segment, L tokens, D the
+text encoder's width.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ ACQUIRE = "acquire"
 RELEASE = "release"
 ENCODE = "encode"
 SEGMENT = "segment"
+LORAS = "loras"
 
 _F = "TYPE_FP32"
 
@@ -54,6 +56,8 @@ DENOISER_INPUTS: tuple[TritonTensor, ...] = (
 DENOISER_OUTPUTS: tuple[TritonTensor, ...] = (
     TritonTensor(name="ticket", data_type="TYPE_INT64", dims=(1,)),  # acquire
     TritonTensor(name="warnings", data_type="TYPE_STRING", dims=(1,)),  # acquire; JSON list
+    TritonTensor(name="loras", data_type="TYPE_STRING", dims=(1,)),  # loras; JSON list of
+    # {"id", "bytes", "networks"}: networks it adapts, null while it is not in memory
     TritonTensor(name="encoded_context", data_type=_F, dims=(-1, -1, -1)),  # encode
     TritonTensor(name="encoded_pooled", data_type=_F, dims=(-1, -1)),  # encode
     TritonTensor(name="next_sample", data_type=_F, dims=(-1, -1, -1)),

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from closeup.manifest import TextEncoder
-from closeup.run import Array, Run, text_tensor
+from closeup.run import Array, Floats, Run, text_tensor
 from closeup.segments import ENCODE
 from closeup.tokens import PromptTokenizer
 from closeup.weighted_prompt import apply_weights, encode_weighted, parse_weights
 
-Floats = npt.NDArray[np.float32]
+NEGATIVE = "negative_prompt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +62,7 @@ class Conditioning:
         request = run.request
         facts = request.model.facts
         prompt = self.face_prompt if face else self.prompt
-        guided = facts.negative_prompt and request.cfg_scale > 1
-        rows = [self.negative, prompt] if guided else [prompt]
+        rows = [self.negative, prompt] if is_guided(run) else [prompt]
         extras: dict[str, Floats] = {}
         if "pooled" in facts.row_extras:
             extras["pooled"] = np.stack([row.pooled for row in rows if row.pooled is not None])
@@ -89,9 +87,9 @@ async def encode_prompts(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Con
     Prompts longer than an encoder reads are cut, with a warning.
     """
     request = run.request
-    texts = [request.negative_prompt or "", request.prompt]
+    texts = {NEGATIVE: request.negative_prompt or "", "prompt": request.prompt}
     if request.inpaint_faces:
-        texts.append(request.face_prompt)
+        texts["face_prompt"] = request.face_prompt
     contexts: list[Floats] = []
     pooled: Floats | None = None
     for encoder, tokenizer in zip(request.model.encoders, tokenizers, strict=True):
@@ -111,19 +109,19 @@ async def encode_prompts(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Con
 
 
 async def _encode(
-    run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: list[str]
+    run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: Mapping[str, str]
 ) -> dict[str, Floats]:
-    """Return an encoder's outputs for the texts: context (n, L, D), pooled (n, P)."""
+    """Return an encoder's outputs for the texts by field: context (n, L, D), pooled (n, P)."""
     if run.request.use_lpw:
-        return await _encode_weighted(run, encoder, tokenizer, texts)
-    encoded = [tokenizer.encode(text) for text in texts]
-    cut = max(tokens.truncated for tokens in encoded)
-    if cut:
-        run.warn(
-            f"a prompt is {cut} tokens longer than the {encoder.tokenizer.max_tokens} that "
-            f"{encoder.name} reads; its end was cut."
-        )
-    return await _states(run, encoder, np.stack([tokens.ids for tokens in encoded]))
+        return await _encode_weighted(run, encoder, tokenizer, list(texts.values()))
+    encoded = {field: tokenizer.encode(text) for field, text in texts.items()}
+    for field, tokens in encoded.items():
+        if tokens.truncated and (field != NEGATIVE or is_guided(run)):
+            run.warn(
+                f"{field} is {tokens.truncated} tokens longer than the {tokenizer.room} that "
+                f"{encoder.name} reads; its end was cut."
+            )
+    return await _states(run, encoder, np.stack([tokens.ids for tokens in encoded.values()]))
 
 
 async def _encode_weighted(
@@ -162,8 +160,7 @@ async def _states(run: Run, encoder: TextEncoder, ids: Array) -> dict[str, Float
     model = run.request.model
     if encoder.lora is None:
         name = model.encoder_model(encoder)
-        answer = await run.infer(name, {"input_ids": ids}, encoder.outputs)
-        return {output: np.asarray(answer[output], np.float32) for output in encoder.outputs}
+        return await run.infer_floats(name, {"input_ids": ids}, encoder.outputs)
     inputs = {
         "operation": text_tensor(ENCODE),
         "ticket": np.array([run.ticket], np.int64),
@@ -171,10 +168,13 @@ async def _states(run: Run, encoder: TextEncoder, ids: Array) -> dict[str, Float
         "input_ids": ids,
     }
     wanted = [f"encoded_{output}" for output in encoder.outputs]
-    answer = await run.infer(model.denoiser, inputs, wanted)
-    return {
-        output: np.asarray(answer[f"encoded_{output}"], np.float32) for output in encoder.outputs
-    }
+    states = await run.infer_floats(model.denoiser, inputs, wanted)
+    return {name.removeprefix("encoded_"): array for name, array in states.items()}
+
+
+def is_guided(run: Run) -> bool:
+    """Whether the request uses classifier-free guidance: two network rows a sequence."""
+    return run.request.model.facts.negative_prompt and run.request.cfg_scale > 1
 
 
 def _zeros_like(embedding: Embedding) -> Embedding:

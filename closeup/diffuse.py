@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from closeup.conditioning import Guide
 from closeup.images import encode_image, pixels_from_floats, resize
 from closeup.noise import TorchNormal
-from closeup.run import Array, Run, text_tensor
+from closeup.run import Array, Floats, Run, text_tensor
 from closeup.samplers import StepTable
 from closeup.segments import SEGMENT
 
@@ -16,8 +15,6 @@ PREVIEW_SIDE_PX = 256
 # The encoder's log-variance is clamped to this range before it is used.
 # Source: diffusers, models/autoencoders/vae.py, DiagonalGaussianDistribution.
 LOGVAR_RANGE = (-30.0, 20.0)
-
-Floats = npt.NDArray[np.float32]
 
 
 async def encode_picture(run: Run, picture: Floats) -> tuple[Floats, Floats]:
@@ -31,8 +28,10 @@ async def encode_picture(run: Run, picture: Floats) -> tuple[Floats, Floats]:
         mean, std: each (C, H/8, W/8) float32.
     """
     pixels = np.ascontiguousarray((picture * 2 - 1).transpose(2, 0, 1)[None], np.float32)
-    outputs = await run.infer(run.request.model.vae_encoder, {"image": pixels}, ["moments"])
-    mean, logvar = np.split(outputs["moments"][0], 2)
+    encoder = run.request.model.vae_encoder
+    answer = await run.infer_floats(encoder, {"image": pixels}, ["moments"])
+    moments = answer["moments"]
+    mean, logvar = np.split(moments[0], 2)
     return mean, np.exp(np.float32(0.5) * np.clip(logvar, *LOGVAR_RANGE))
 
 
@@ -46,9 +45,12 @@ def sample_posterior(run: Run, moments: tuple[Floats, Floats], stream: TorchNorm
 
 async def decode_latents(run: Run, latents: Floats) -> Floats:
     """Return the picture (H, W, 3) in [0, 1] of denoised latents (C, h, w)."""
-    outputs = await run.infer(run.request.model.vae_decoder, {"latents": latents[None]}, ["image"])
-    picture = np.asarray(outputs["image"][0], np.float32).transpose(1, 2, 0)
-    return np.clip(picture * np.float32(0.5) + np.float32(0.5), 0, 1)
+    decoder = run.request.model.vae_decoder
+    answer = await run.infer_floats(decoder, {"latents": latents[None]}, ["image"])
+    images = answer["image"]
+    picture = images[0].transpose(1, 2, 0)
+    clipped: Floats = np.clip(picture * np.float32(0.5) + np.float32(0.5), 0, 1)
+    return clipped
 
 
 async def denoise(

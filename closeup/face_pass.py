@@ -18,21 +18,32 @@ from closeup.detection import (
     merge_detections,
     scale_faces,
 )
-from closeup.diffuse import Floats, decode_latents, denoise, encode_picture, sample_posterior
+from closeup.diffuse import decode_latents, denoise, encode_picture, sample_posterior
+from closeup.enlarge import enlarge
 from closeup.face_blend import blend_faces, differential_masks, face_mask, latent_mask
 from closeup.face_geometry import FaceCrop, extract
 from closeup.faces import FaceAction, FacePlan, face_report, plan_faces
 from closeup.images import floats_from_pixels
+from closeup.manifest import UpscalerManifest
 from closeup.noise import TorchNormal
-from closeup.run import Run, together
+from closeup.run import Floats, Run, together
 from closeup.samplers import StepTable, build_step_table
 
 Pixels = npt.NDArray[np.uint8]
 FaceReport = dict[str, Any]
 
+# By how much a repainted face may be enlarged to the resolution of its picture.
+PATCH_FACTORS = (1, 2, 4)
+MAX_FACTOR = PATCH_FACTORS[-1]
+
 
 async def inpaint_faces(
-    run: Run, pictures: list[Pixels], *, originals: list[Pixels], conditioning: Conditioning
+    run: Run,
+    pictures: list[Pixels],
+    *,
+    originals: list[Pixels],
+    upscaler: UpscalerManifest,
+    conditioning: Conditioning,
 ) -> tuple[list[Pixels], list[list[FaceReport]]]:
     """Repaint the faces of every picture; all faces go through the denoiser together.
 
@@ -41,6 +52,7 @@ async def inpaint_faces(
         pictures: uint8 (H, W, 3).
         originals: the same before super-resolution; faces are found in these, since detectors
             are trained on small faces.
+        upscaler: enlarges repainted faces that need more pixels than the model paints.
         conditioning: the encoded prompts.
 
     Returns:
@@ -50,7 +62,7 @@ async def inpaint_faces(
     with run.stage("detect", len(pictures)):
         found = await together(run, [find_faces(run, pixels) for pixels in originals])
     plans = [
-        _plan(run, scale_faces(faces, factor), pixels, seed)
+        _plan(run, scale_faces(faces, factor), pixels, seed, enlarged=factor)
         for faces, pixels, seed in zip(found, pictures, run.request.seeds, strict=True)
     ]
     work_px = run.request.model.native_px
@@ -59,7 +71,7 @@ async def inpaint_faces(
         repainted = await together(
             run,
             [
-                _repaint_picture(run, index, pixels, picture_plans, guide)
+                _repaint_picture(run, index, pixels, picture_plans, guide, upscaler)
                 for index, (pixels, picture_plans) in enumerate(zip(pictures, plans, strict=True))
             ],
         )
@@ -78,7 +90,9 @@ async def find_faces(run: Run, pixels: Pixels) -> list[Face]:
     return merge_detections(*looks)
 
 
-def _plan(run: Run, faces: list[Face], pixels: Pixels, seed: int) -> list[FacePlan]:
+def _plan(
+    run: Run, faces: list[Face], pixels: Pixels, seed: int, enlarged: float
+) -> list[FacePlan]:
     request = run.request
     plans = plan_faces(
         faces,
@@ -87,6 +101,7 @@ def _plan(run: Run, faces: list[Face], pixels: Pixels, seed: int) -> list[FacePl
         options=request.faces,
         seed=seed,
         crop_factor=request.model.face_crop_factor,
+        enlarged=enlarged,
     )
     return [plan if _table(run, plan).timesteps.size else _idle(plan) for plan in plans]
 
@@ -106,7 +121,12 @@ def _idle(plan: FacePlan) -> FacePlan:
 
 
 async def _repaint_picture(
-    run: Run, image: int, pixels: Pixels, plans: list[FacePlan], guide: Guide
+    run: Run,
+    image: int,
+    pixels: Pixels,
+    plans: list[FacePlan],
+    guide: Guide,
+    upscaler: UpscalerManifest,
 ) -> Pixels:
     wanted = [plan for plan in plans if plan.action is FaceAction.REPAINT]
     if not wanted:
@@ -116,22 +136,43 @@ async def _repaint_picture(
         run, [_repaint_face(run, image, picture, plan, guide) for plan in wanted]
     )
     run.count("inference_cycles")
-    return blend_faces(pixels, patches)
+    fitted = await together(
+        run,
+        [
+            _fit_patch(run, patch, plan, upscaler)
+            for patch, plan in zip(patches, wanted, strict=True)
+        ],
+    )
+    return blend_faces(pixels, fitted)
+
+
+async def _fit_patch(
+    run: Run, patch: Floats, plan: FacePlan, upscaler: UpscalerManifest
+) -> tuple[Floats, FaceCrop, Floats]:
+    """Return a patch with pixels enough for its crop, the crop, and the mask of that size.
+
+    A patch that is to cover more pixels than the model paints is enlarged by the upscaler, as the
+    picture around it was.
+    """
+    factor = next((f for f in PATCH_FACTORS if f * plan.work_px >= plan.crop.side), MAX_FACTOR)
+    if factor > 1:
+        patch = await enlarge(run, patch, upscaler, factor)
+        plan = replace(plan, work_px=factor * plan.work_px)
+    return patch, plan.crop, face_mask(plan)
 
 
 async def _repaint_face(
     run: Run, image: int, picture: Floats, plan: FacePlan, guide: Guide
-) -> tuple[Floats, FaceCrop, Floats]:
-    """Return the repainted crop (work, work, 3), where it belongs, and its mask (work, work)."""
+) -> Floats:
+    """Return the repainted crop (work, work, 3)."""
     table = _table(run, plan)
     steps = len(table.timesteps)
     run.extend(steps)
     stream = TorchNormal(plan.seed)
     crop = extract(picture, plan.crop, plan.work_px)
-    mask = face_mask(plan)
     known = sample_posterior(run, await encode_picture(run, crop), stream)
     noise = stream.randn(known.shape)
-    soft = latent_mask(mask, (known.shape[1], known.shape[2]))
+    soft = latent_mask(face_mask(plan), (known.shape[1], known.shape[2]))
     latents = await denoise(
         run,
         sample=np.asarray(table.init[0] * known + table.init[1] * noise, np.float32),
@@ -144,4 +185,4 @@ async def _repaint_face(
         known_noise=noise,
     )
     run.count("faces_repainted")
-    return await decode_latents(run, latents), plan.crop, mask
+    return await decode_latents(run, latents)

@@ -122,6 +122,7 @@ def plan_faces(
     options: FaceOptions,
     seed: int,
     crop_factor: float = DEFAULT_CROP_FACTOR,
+    enlarged: float = 1.0,
 ) -> list[FacePlan]:
     """Decide what happens to each face of a picture.
 
@@ -135,6 +136,9 @@ def plan_faces(
         options: the request's wishes.
         seed: the picture's seed.
         crop_factor: the model's own, used where the request has none.
+        enlarged: how much super-resolution has enlarged each side. A face is skipped when the
+            model painted its crop with as many pixels as a repaint would have, so what counts
+            is its size before.
 
     Returns:
         One plan a face, in the order asked for.
@@ -166,11 +170,15 @@ def plan_faces(
         )
         plans.append(plan)
     largest = max((face.side for face in ordered), default=0.0)
-    return _with_actions(plans, duplicates, largest, options)
+    return _with_actions(plans, duplicates, largest, options, enlarged)
 
 
 def _with_actions(
-    plans: Sequence[FacePlan], duplicates: set[int], largest: float, options: FaceOptions
+    plans: Sequence[FacePlan],
+    duplicates: set[int],
+    largest: float,
+    options: FaceOptions,
+    enlarged: float,
 ) -> list[FacePlan]:
     decided = []
     repainted = 0
@@ -178,7 +186,7 @@ def _with_actions(
         reason = (
             "It lies inside a larger face and is taken for a second detection of it."
             if plan.index in duplicates
-            else _skip_reason(plan, largest, options)
+            else _skip_reason(plan, largest, options, enlarged)
         )
         if reason is None and options.max_faces is not None and repainted >= options.max_faces:
             reason = f"{repainted} faces before it reach the limit max_faces={options.max_faces}."
@@ -190,7 +198,9 @@ def _with_actions(
     return decided
 
 
-def _skip_reason(plan: FacePlan, largest: float, options: FaceOptions) -> str | None:
+def _skip_reason(
+    plan: FacePlan, largest: float, options: FaceOptions, enlarged: float
+) -> str | None:
     if plan.strength == 0:
         return "Strength 0 changes nothing."
     ratio = plan.face.side / largest
@@ -199,10 +209,10 @@ def _skip_reason(plan: FacePlan, largest: float, options: FaceOptions) -> str | 
             f"Its side is {ratio:.2f} of the largest face's, "
             f"below min_face_ratio={options.min_face_ratio:g}."
         )
-    if plan.crop.side >= plan.work_px:
-        side = round(plan.crop.side)
+    if plan.crop.side / enlarged >= plan.work_px:
+        side = round(plan.crop.side / enlarged)
         return (
-            f"Its crop already has {side}x{side} px, and the model paints "
+            f"The model has painted its crop with {side}x{side} px already, and would again with "
             f"{plan.work_px}x{plan.work_px}: repainting would add no detail."
         )
     return None

@@ -16,21 +16,20 @@ import numpy.typing as npt
 
 from closeup.conditioning import Conditioning, Guide, encode_prompts
 from closeup.diffuse import (
-    Floats,
     decode_latents,
     denoise,
     encode_picture,
     sample_posterior,
 )
+from closeup.enlarge import super_resolve_all
 from closeup.face_pass import FaceReport, inpaint_faces
 from closeup.images import floats_from_pixels, pixels_from_floats
 from closeup.manifest import UpscalerManifest
 from closeup.noise import TorchNormal
 from closeup.request import Mode, Request
-from closeup.run import Array, Run, together
+from closeup.run import Array, Floats, Run, together
 from closeup.samplers import StepTable, build_step_table
 from closeup.tokens import PromptTokenizer
-from closeup.upscale import fit_tile, plan_tiles, sr_factor, super_resolve
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -81,10 +80,12 @@ async def generate(
             keep_stage(request, stages, "hires_fix", pictures)
         pixels = [pixels_from_floats(picture) for picture in pictures]
         if request.inpaint_faces:
+            assert upscaler is not None
             pixels, faces = await inpaint_faces(
                 run,
                 pixels,
                 originals=originals,
+                upscaler=upscaler,
                 conditioning=conditioning,
             )
     return Outcome(pictures=pixels, faces=faces, stages=stages)
@@ -182,37 +183,6 @@ def latent_mask(mask: Pixels, shape: tuple[int, ...]) -> Floats:
     return latent
 
 
-async def super_resolve_all(
-    run: Run, pictures: list[Floats], upscaler: UpscalerManifest
-) -> list[Floats]:
-    """Enlarge the pictures, tile by tile."""
-
-    async def infer_tiles(tiles: Floats) -> Floats:
-        outputs = await run.infer("upscaler", {"image": tiles}, ["upscaled"])
-        run.advance(len(tiles))
-        return np.asarray(outputs["upscaled"], np.float32)
-
-    height, width = pictures[0].shape[:2]
-    shape = fit_tile(height, width, max_tile=upscaler.tile_px, overlap=upscaler.overlap_px)
-    tiles = plan_tiles(height, width, shape, upscaler.overlap_px)
-    with run.stage("super_resolution", len(tiles.tops) * len(tiles.lefts) * len(pictures)):
-        return await together(
-            run,
-            [
-                super_resolve(
-                    picture,
-                    infer=infer_tiles,
-                    scale=upscaler.scale,
-                    factor=sr_factor(height, width),
-                    tile=upscaler.tile_px,
-                    overlap=upscaler.overlap_px,
-                    max_batch=upscaler.max_batch,
-                )
-                for picture in pictures
-            ],
-        )
-
-
 async def repaint_lightly(
     run: Run, pictures: list[Floats], conditioning: Conditioning
 ) -> list[Floats]:
@@ -229,7 +199,9 @@ async def repaint_lightly(
 
     async def repaint_one(image: int, picture: Floats, seed: int) -> Floats:
         stream = TorchNormal(seed)
-        known = sample_posterior(run, await encode_picture(run, picture), stream)
+        height, width = picture.shape[:2]
+        whole = pad_to_multiple(picture, request.model.facts.size_step_px)
+        known = sample_posterior(run, await encode_picture(run, whole), stream)
         sample = table.init[0] * known + table.init[1] * stream.randn(known.shape)
         latents = await denoise(
             run,
@@ -240,7 +212,7 @@ async def repaint_lightly(
             image=image,
         )
         run.count("inference_cycles")
-        return await decode_latents(run, latents)
+        return (await decode_latents(run, latents))[:height, :width]
 
     with run.stage("hires_fix", len(table.timesteps) * len(pictures)):
         return await together(
@@ -250,6 +222,17 @@ async def repaint_lightly(
                 for index, (picture, seed) in enumerate(zip(pictures, request.seeds, strict=True))
             ],
         )
+
+
+def pad_to_multiple(picture: Floats, multiple: int) -> Floats:
+    """Mirror a picture (H, W, 3) at its right and bottom edges until its sides are multiples.
+
+    Only `only_upscale` comes with other sides.
+    """
+    missing = [-side % multiple for side in picture.shape[:2]]
+    if not any(missing):
+        return picture
+    return np.pad(picture, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="symmetric")
 
 
 def keep_stage(

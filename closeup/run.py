@@ -13,12 +13,15 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from closeup.errors import RequestCancelled
+from closeup.errors import ModelError, RequestCancelled
 from closeup.request import Request
 from closeup.segments import ACQUIRE, RELEASE
 
 Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
+
+COUNTERS = ("inference_cycles", "denoiser_steps", "faces_repainted")
 
 
 class Models(Protocol):
@@ -73,7 +76,8 @@ class Run:
             every engine call.
         report: takes progress events.
         timings_ms: stage -> wall milliseconds; stages do not overlap.
-        usage: counters for billing.
+        usage: counters for billing: inference cycles (one a picture for its generation, its
+            `hires_fix` and its face pass), denoising steps, faces.
         warnings: sentences for the client.
     """
 
@@ -83,7 +87,7 @@ class Run:
     report: Callable[[Progress], None]
     segment_steps: int
     timings_ms: dict[str, float] = field(default_factory=dict)
-    usage: dict[str, int] = field(default_factory=dict)
+    usage: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
     warnings: list[str] = field(default_factory=list)
     ticket: int = 0
     started_s: float = field(default_factory=time.perf_counter)
@@ -101,6 +105,25 @@ class Run:
             raise RequestCancelled("another picture of the request failed.")
         self.check()
         return await self.models.infer(name, inputs, outputs)
+
+    async def infer_floats(
+        self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]
+    ) -> dict[str, Floats]:
+        """Return outputs of a model, float32.
+
+        Raises:
+            ModelError: some of their values are not finite; later stages would hide them.
+        """
+        answer = await self.infer(name, inputs, outputs)
+        for output in outputs:
+            values = answer[output]
+            # The smallest and the largest need no copy, and a NaN is passed on by both.
+            if values.size and not np.isfinite([values.min(), values.max()]).all():
+                raise ModelError(
+                    f"the output {output} of {name} holds values that are not finite: lower "
+                    "cfg_scale or the LoRA weights; if it stays, export the model in fp32."
+                )
+        return {output: np.asarray(answer[output], np.float32) for output in outputs}
 
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
@@ -171,7 +194,7 @@ class Run:
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a usage counter."""
-        self.usage[name] = self.usage.get(name, 0) + amount
+        self.usage[name] += amount
 
     def _announce(self, image: int | None = None, preview: bytes | None = None) -> None:
         now_s = time.perf_counter()

@@ -1,31 +1,27 @@
 """Noise schedules: at which timesteps a sampler calls the network, and how noisy each one is.
 
 A schedule says of every index i that the sample is ``a_i * x0 + b_i * noise`` in the sampler's own
-space: variance preserving for DDIM, LCM, TCD and DPM-Solver (a² + b² = 1), variance exploding for
-the Euler family (a = 1, b = σ). The network always sees a variance-preserving sample, which is
-``input_scale * sample``.
+space: variance preserving for DDIM, LCM, TCD and the multistep solvers (a² + b² = 1), variance
+exploding for the Euler family (a = 1, b = σ), interpolating for flow matching (a + b = 1). The
+network sees ``input_scale * sample``, which is variance preserving except for flow matching.
 
 Tables that diffusers keeps in float32 are rounded to float32 at the same places, because a
 rounding of the training schedule is carried into every step; all else is float64.
 
-Source: diffusers 0.39, ``set_timesteps`` of each scheduler; Karras et al. 2022 (arXiv 2206.00364)
-eq. 5 for the Karras spacing.
+Source: diffusers 0.39, ``set_timesteps`` of each scheduler.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from closeup.errors import ModelError, RequestError
 from closeup.sampler_options import SchedulerOptions
-
-Floats: TypeAlias = npt.NDArray[np.float64]
-Singles: TypeAlias = npt.NDArray[np.float32]
+from closeup.sampler_spacings import Floats, Singles, space_sigmas, timesteps_from_sigmas
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +37,9 @@ class Schedule:
         input_scale: (N,) float64.
         init_noise_sigma: standard deviation of the noise that text-to-image starts from.
         order: network calls a step; image-to-image skips whole steps.
+        seen: (N, 2) float64, the level that the network is told step i's sample has, where that is
+            not ``levels[:N]``: DPM2 lets the known picture enter its midpoints at another level.
+        counts_up: image-to-image rounds the steps it runs up, as the flow-matching pipelines do.
     """
 
     timesteps: Floats
@@ -49,10 +48,17 @@ class Schedule:
     input_scale: Floats
     init_noise_sigma: float
     order: int = 1
+    seen: Floats | None = None
+    counts_up: bool = False
 
     def level(self, i: int) -> tuple[float, float]:
         """The coefficients of x0 and noise in the sample that enters step i."""
         return float(self.levels[i, 0]), float(self.levels[i, 1])
+
+    def seen_level(self, i: int) -> tuple[float, float]:
+        """The coefficients of x0 and noise in the sample that the network sees at step i."""
+        rows = self.levels if self.seen is None else self.seen
+        return float(rows[i, 0]), float(rows[i, 1])
 
     def target(self, i: int) -> tuple[float, float]:
         """The coefficients of x0 and noise in the sample that step i produces."""
@@ -116,8 +122,8 @@ def _rescale_zero_terminal_snr(betas: Singles) -> Singles:
     return rescaled
 
 
-def _training_sigmas(options: SchedulerOptions) -> Singles:
-    """(num_train_timesteps,) float32 noise-to-signal ratios, ascending and finite."""
+def training_sigmas(options: SchedulerOptions) -> Singles:
+    """The (num_train_timesteps,) float32 noise-to-signal ratios, ascending and finite."""
     alphas_cumprod = compute_alphas_cumprod(options)
     if options.rescale_betas_zero_snr:
         alphas_cumprod = alphas_cumprod.copy()
@@ -126,7 +132,7 @@ def _training_sigmas(options: SchedulerOptions) -> Singles:
     return sigmas
 
 
-def _space_timesteps(options: SchedulerOptions, n: int, *, last: int, points: int) -> Floats:
+def space_timesteps(options: SchedulerOptions, n: int, *, last: int, points: int) -> Floats:
     """The first n of ``points`` timesteps spread over [0, last), descending, unrounded.
 
     Source: table 2 of arXiv 2305.08891.
@@ -138,46 +144,13 @@ def _space_timesteps(options: SchedulerOptions, n: int, *, last: int, points: in
     return np.arange(last, 0, -options.num_train_timesteps / n).round() - 1
 
 
-def _space_sigmas(
-    sigmas: Floats, options: SchedulerOptions, n: int, log_sigmas: Singles
-) -> Floats | None:
-    """(n,) sigmas spaced by their own values between the ends of ``sigmas``, or None if unasked."""
-    sigma_max = sigmas[0] if options.sigma_max is None else options.sigma_max
-    sigma_min = sigmas[-1] if options.sigma_min is None else options.sigma_min
-    ramp = np.linspace(0, 1, n)
-    if options.use_karras_sigmas:
-        rho = 7.0
-        max_inv_rho, min_inv_rho = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-        spaced: Floats = (max_inv_rho + ramp * (min_inv_rho - max_inv_rho)) ** rho
-    elif options.use_lu_lambdas:
-        low, high = float(log_sigmas[0]), float(log_sigmas[-1])
-        spaced = np.exp(high + ramp * (low - high))
-    elif options.use_exponential_sigmas:
-        spaced = np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), n))
-    else:
-        return None
-    return spaced
-
-
-def _timesteps_from_sigmas(sigmas: Floats, log_sigmas: Singles) -> Floats:
-    """Fractional training timesteps whose sigmas these are, linear in log sigma.
-
-    In float32, as NumPy 1 does it for the reference: where the caller truncates the result to whole
-    timesteps, the last bit decides.
-    """
-    log_sigma = np.log(np.maximum(sigmas, 1e-10)).astype(np.float32)
-    below = np.searchsorted(log_sigmas, log_sigma, side="right") - 1
-    below = below.clip(0, len(log_sigmas) - 2)
-    low, high = log_sigmas[below], log_sigmas[below + 1]
-    w: Singles = np.clip((low - log_sigma) / (low - high), 0, 1)
-    timesteps: Floats = (1 - w) * below + w * (below + 1)
-    return timesteps
-
-
-def _close_sigmas(sigmas: Floats, training: Singles, options: SchedulerOptions) -> Floats:
-    """Appends the sigma a run ends at and rounds as diffusers stores them."""
-    final = 0.0 if options.final_sigmas_type == "zero" else training[0]
+def close_sigmas(sigmas: Floats, final: float) -> Floats:
+    """Appends the sigma a run ends at and rounds as diffusers stores them, (n + 1,)."""
     return np.append(sigmas, final).astype(np.float32).astype(np.float64)
+
+
+def _final_sigma(training: Singles, options: SchedulerOptions) -> float:
+    return 0.0 if options.final_sigmas_type == "zero" else float(training[0])
 
 
 def build_euler_schedule(options: SchedulerOptions, n: int) -> Schedule:
@@ -190,26 +163,39 @@ def build_euler_schedule(options: SchedulerOptions, n: int) -> Schedule:
     Returns:
         A schedule whose levels are (1, sigma).
     """
-    last = options.num_train_timesteps
-    timesteps = _space_timesteps(options, n, last=last, points=n).astype(np.float32)
-    training = _training_sigmas(options)
-    log_sigmas = np.log(training)
-    sigmas = np.interp(timesteps, np.arange(len(training)), training)
-    spaced = _space_sigmas(sigmas, options, n, log_sigmas)
-    if spaced is not None:
-        sigmas = spaced
-        timesteps = _timesteps_from_sigmas(sigmas, log_sigmas).astype(np.float32)
-    sigmas = _close_sigmas(sigmas, training, options)
-    levels = np.stack([np.ones_like(sigmas), sigmas], 1)
-    sigma_max = float(sigmas.max())
-    leading = options.timestep_spacing == "leading"
+    training = training_sigmas(options)
+    sigmas, timesteps = space_exploding(options, n, training)
+    sigmas = close_sigmas(sigmas, _final_sigma(training, options))
     return Schedule(
-        timesteps=timesteps.astype(np.float64),
-        levels=levels,
-        targets=levels[1:],
+        timesteps=timesteps,
+        levels=exploding_levels(sigmas),
+        targets=exploding_levels(sigmas[1:]),
         input_scale=1 / np.sqrt(sigmas[:-1] ** 2 + 1),
-        init_noise_sigma=(sigma_max**2 + 1) ** 0.5 if leading else sigma_max,
+        init_noise_sigma=exploding_noise(options, sigmas),
     )
+
+
+def space_exploding(options: SchedulerOptions, n: int, training: Singles) -> tuple[Floats, Floats]:
+    """Returns (n,) sigmas and (n,) fractional timesteps of the samplers that start at n points."""
+    spread = space_timesteps(options, n, last=options.num_train_timesteps, points=n)
+    timesteps = spread.astype(np.float32).astype(np.float64)
+    sigmas: Floats = np.interp(timesteps, np.arange(len(training)), training)
+    log_sigmas = np.log(training)
+    spaced = space_sigmas(sigmas, options, n, log_sigmas)
+    if spaced is None:
+        return sigmas, timesteps
+    return spaced, timesteps_from_sigmas(spaced, log_sigmas).astype(np.float32).astype(np.float64)
+
+
+def exploding_levels(sigmas: Floats) -> Floats:
+    """Levels (1, sigma) of variance-exploding samples, (N, 2)."""
+    return np.stack([np.ones_like(sigmas), sigmas], 1)
+
+
+def exploding_noise(options: SchedulerOptions, sigmas: Floats) -> float:
+    """The standard deviation of the noise that a variance-exploding run starts from."""
+    sigma_max = float(sigmas.max())
+    return (sigma_max**2 + 1) ** 0.5 if options.timestep_spacing == "leading" else sigma_max
 
 
 def build_dpm_schedule(options: SchedulerOptions, n: int) -> Schedule:
@@ -222,23 +208,64 @@ def build_dpm_schedule(options: SchedulerOptions, n: int) -> Schedule:
     Returns:
         A schedule whose levels are (alpha_t, sigma_t).
     """
-    training = _training_sigmas(options)
+    training = training_sigmas(options)
+    whole = options.beta_schedule != "squaredcos_cap_v2"
+    sigmas, timesteps = _space_preserving(options, n, training, whole=whole)
+    return _build_preserving(timesteps, close_sigmas(sigmas, _final_sigma(training, options)))
+
+
+def build_singlestep_schedule(options: SchedulerOptions, n: int) -> Schedule:
+    """Schedule of the singlestep DPM-Solver; arguments and result as build_dpm_schedule."""
+    training = training_sigmas(options)
+    sigmas, timesteps = _space_preserving(options, n, training)
+    return _build_preserving(timesteps, close_sigmas(sigmas, _final_sigma(training, options)))
+
+
+def build_unipc_schedule(options: SchedulerOptions, n: int) -> Schedule:
+    """Schedule of UniPC; arguments and result as build_dpm_schedule."""
+    training = training_sigmas(options)
+    sigmas, timesteps = _space_preserving(options, n, training)
+    least = float(sigmas[-1]) if _spaces_sigmas(options) else float(training[0])
+    final = 0.0 if options.final_sigmas_type == "zero" else least
+    return _build_preserving(timesteps, close_sigmas(sigmas, final))
+
+
+def build_deis_schedule(options: SchedulerOptions, n: int) -> Schedule:
+    """Schedule of DEIS, which never ends at zero; arguments and result as build_dpm_schedule."""
+    training = training_sigmas(options)
+    sigmas, timesteps = _space_preserving(options, n, training)
+    final = float(sigmas[-1]) if _spaces_sigmas(options) else float(training[0])
+    return _build_preserving(timesteps, close_sigmas(sigmas, final))
+
+
+def _spaces_sigmas(options: SchedulerOptions) -> bool:
+    return options.use_karras_sigmas or options.use_exponential_sigmas or options.use_beta_sigmas
+
+
+def _space_preserving(
+    options: SchedulerOptions, n: int, training: Singles, *, whole: bool = True
+) -> tuple[Floats, Floats]:
+    """(n,) sigmas and whole timesteps of the multistep family, which starts at n of n + 1 points.
+
+    With ``whole`` the Karras and log-SNR spacings round their timesteps instead of truncating.
+    """
     log_sigmas = np.log(training)
     last = options.num_train_timesteps - int((-log_sigmas < options.lambda_min_clipped).sum())
-    timesteps = _space_timesteps(options, n, last=last, points=n + 1).round()
-    spaced = _space_sigmas(training[::-1].astype(np.float64), options, n, log_sigmas)
-    if spaced is None:
-        sigmas = np.interp(timesteps, np.arange(len(training)), training)
-    else:
-        sigmas = spaced
-        timesteps = _timesteps_from_sigmas(sigmas, log_sigmas)
-        if not options.use_exponential_sigmas and options.beta_schedule != "squaredcos_cap_v2":
-            timesteps = timesteps.round()
-    sigmas = _close_sigmas(sigmas, training, options)
+    timesteps = space_timesteps(options, n, last=last, points=n + 1).round()
+    sigmas = space_sigmas(training[::-1], options, n, log_sigmas)
+    if sigmas is None:
+        return np.interp(timesteps, np.arange(len(training)), training), np.trunc(timesteps)
+    timesteps = timesteps_from_sigmas(sigmas, log_sigmas)
+    if whole and (options.use_karras_sigmas or options.use_lu_lambdas):
+        timesteps = timesteps.round()
+    return sigmas, np.trunc(timesteps)
+
+
+def _build_preserving(timesteps: Floats, sigmas: Floats) -> Schedule:
     alpha = 1 / np.sqrt(sigmas**2 + 1)
     levels = np.stack([alpha, sigmas * alpha], 1)
     return Schedule(
-        timesteps=np.trunc(timesteps),
+        timesteps=timesteps,
         levels=levels,
         targets=levels[1:],
         input_scale=np.ones(len(timesteps)),
@@ -278,7 +305,7 @@ def build_ddim_schedule(options: SchedulerOptions, n: int) -> Schedule:
     """
     last = options.num_train_timesteps
     alphas_cumprod = compute_alphas_cumprod(options)
-    timesteps = _space_timesteps(options, n, last=last, points=n).round()
+    timesteps = space_timesteps(options, n, last=last, points=n).round()
     if timesteps.max() >= last:
         raise ModelError(
             f"scheduler_config.json has steps_offset = {options.steps_offset}, which puts "

@@ -3,7 +3,7 @@
 Every algorithm here is an expression over five symbols: the sample x, the network's output, two
 memories and a draw of noise. The symbols are the unit vectors of R^5, so evaluating the expression
 yields its coefficients: one row of a step matrix. Memory 0 receives the denoised estimate at every
-step of every sampler (previews read it), memory 1 what memory 0 held before.
+step of every sampler here (previews read it), memory 1 what memory 0 held before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Protocol, cast
 import numpy as np
 
 from closeup.sampler_options import SchedulerOptions
-from closeup.sampler_schedules import Floats, Schedule
+from closeup.sampler_schedules import Schedule
+from closeup.sampler_spacings import Floats
 
 X, EPS, M0, M1, NOISE = cast("list[Floats]", list(np.eye(5)))
 """The symbols: sample, raw network output (after guidance), memories, standard normal noise."""
@@ -60,22 +61,25 @@ def predict_denoised(schedule: Schedule, i: int, prediction_type: str) -> Floats
         schedule: gives the level and the input scale of step i.
         i: index of the step.
         prediction_type: ``epsilon``, ``v_prediction`` (Salimans and Ho 2022, arXiv 2202.00512,
-            appendix D) or ``sample``.
+            appendix D), ``flow_prediction`` (Liu et al. 2022, arXiv 2209.03003: the network
+            predicts noise - x0) or ``sample``.
 
     Returns:
         (5,) float64 coefficients.
     """
     scale = float(schedule.input_scale[i])
     x = scale * X
-    alpha, sigma = (scale * level for level in schedule.level(i))
+    alpha, sigma = (scale * level for level in schedule.seen_level(i))
     if prediction_type == "epsilon":
         return (x - sigma * EPS) / alpha
+    if prediction_type == "flow_prediction":
+        return x - sigma * EPS
     if prediction_type == "v_prediction":
         return alpha * x - sigma * EPS
     return EPS
 
 
-def _predict_noise(schedule: Schedule, i: int, prediction_type: str) -> Floats:
+def predict_noise(schedule: Schedule, i: int, prediction_type: str) -> Floats:
     """The estimate of the noise in a variance-preserving sample, (5,) coefficients."""
     alpha, sigma = schedule.level(i)
     if prediction_type == "epsilon":
@@ -201,5 +205,5 @@ def step_ddim(schedule: Schedule, i: int, history: int, options: SchedulerOption
     """
     alpha_t, sigma_t = schedule.target(i)
     denoised = predict_denoised(schedule, i, options.prediction_type)
-    noise_pred = _predict_noise(schedule, i, options.prediction_type)
+    noise_pred = predict_noise(schedule, i, options.prediction_type)
     return _step(alpha_t * denoised + sigma_t * noise_pred, denoised)

@@ -7,31 +7,46 @@ samplers share its batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from closeup import sampler_options, sampler_schedules, sampler_steps
+from closeup import sampler_flow, sampler_options
 from closeup.errors import ModelError, RequestError
 from closeup.sampler_options import SchedulerOptions
 from closeup.sampler_schedules import Schedule
-from closeup.sampler_steps import StepFunction
+from closeup.sampler_table import FLOW_SAMPLERS, SAMPLERS, SPACINGS, Sampler, find_sampler
+
+__all__ = [
+    "FALLBACK_SAMPLER",
+    "FLOW_SAMPLERS",
+    "SAMPLERS",
+    "SPACINGS",
+    "StepTable",
+    "build_step_table",
+    "default_sampler",
+    "find_sampler",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTable:
-    """All steps of one run; K may be 0 when the strength leaves no step.
+    """All network calls of one run; K may be 0 when the strength leaves no step.
+
+    K is the number of steps, or for the samplers that call the network twice a step (Heun, DPM2,
+    DPM2 a) twice that less one.
 
     Attributes:
-        timesteps: (K,) float32, what the network gets.
+        timesteps: (K,) float32, what the network gets; for flow matching sigma times the training
+            timesteps.
         input_scale: (K,) float32, the network's input is ``sample * input_scale``.
         step: (K, 3, 5) float32; rows next sample, memory 0, memory 1; columns sample, raw network
             output after guidance, memory 0, memory 1, noise. Memory 0 is the denoised estimate
-            and memory 1 the one before. Both start as zeros.
+            (see ``denoised_in_memory``), memory 1 the sampler's own. Both start as zeros.
         draws_noise: (K,) bool, the step draws one normal of the latents' shape from the request's
             stream, even where its coefficient is 0.
         known_step: (K, 2) float32, coefficients of (known latents, their noise) that give the
@@ -50,72 +65,8 @@ class StepTable:
     known_step: npt.NDArray[np.float32]
     init: npt.NDArray[np.float32]
     init_noise_sigma: float
+    denoised_in_memory: bool = True
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampler:
-    """One sampler: a diffusers scheduler class with what its name fixes.
-
-    Attributes:
-        defaults: keys and defaults of the scheduler class.
-        overrides: options that the name fixes, whatever the pipeline's file says.
-        build_schedule: options and steps -> schedule.
-        step: the algorithm.
-        prediction_types: what the network may predict.
-    """
-
-    defaults: Mapping[str, Any]
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    build_schedule: Callable[[SchedulerOptions, int], Schedule]
-    step: StepFunction
-    prediction_types: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
-
-
-def _dpm(algorithm_type: str, *, karras: bool) -> Sampler:
-    return Sampler(
-        defaults=sampler_options.DPM_MULTISTEP,
-        overrides={"algorithm_type": algorithm_type, "use_karras_sigmas": karras},
-        build_schedule=sampler_schedules.build_dpm_schedule,
-        step=sampler_steps.step_dpm_multistep,
-    )
-
-
-SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
-    {
-        "euler": Sampler(
-            defaults=sampler_options.EULER,
-            build_schedule=sampler_schedules.build_euler_schedule,
-            step=sampler_steps.step_euler,
-        ),
-        "euler_a": Sampler(
-            defaults=sampler_options.EULER_ANCESTRAL,
-            build_schedule=sampler_schedules.build_euler_schedule,
-            step=sampler_steps.step_euler_ancestral,
-            prediction_types=("epsilon", "v_prediction"),
-        ),
-        "dpm++2m": _dpm("dpmsolver++", karras=False),
-        "dpm++2m_karras": _dpm("dpmsolver++", karras=True),
-        "dpm++sde": _dpm("sde-dpmsolver++", karras=False),
-        "dpm++sde_karras": _dpm("sde-dpmsolver++", karras=True),
-        "lcm": Sampler(
-            defaults=sampler_options.LCM,
-            build_schedule=sampler_schedules.build_consistency_schedule,
-            step=sampler_steps.step_lcm,
-        ),
-        "tcd": Sampler(
-            defaults=sampler_options.TCD,
-            build_schedule=sampler_schedules.build_consistency_schedule,
-            step=sampler_steps.step_ddim,
-        ),
-        "ddim": Sampler(
-            defaults=sampler_options.DDIM,
-            overrides={"clip_sample": False},
-            build_schedule=sampler_schedules.build_ddim_schedule,
-            step=sampler_steps.step_ddim,
-        ),
-    }
-)
-"""Samplers by the name that requests use, in the order they are listed to users."""
 
 FALLBACK_SAMPLER = "dpm++2m"
 """Stands in for scheduler classes that are no table, PNDM above all: deterministic, multistep."""
@@ -127,6 +78,13 @@ _SAMPLER_OF_CLASS = MappingProxyType(
         "LCMScheduler": "lcm",
         "TCDScheduler": "tcd",
         "DDIMScheduler": "ddim",
+        "DPMSolverSinglestepScheduler": "dpm++2s",
+        "UniPCMultistepScheduler": "unipc",
+        "HeunDiscreteScheduler": "heun",
+        "KDPM2DiscreteScheduler": "dpm2",
+        "KDPM2AncestralDiscreteScheduler": "dpm2_a",
+        "FlowMatchEulerDiscreteScheduler": "euler",
+        "FlowMatchHeunDiscreteScheduler": "heun",
     }
 )
 
@@ -138,13 +96,16 @@ def default_sampler(scheduler_config: Mapping[str, Any]) -> str:
         scheduler_config: the content of ``scheduler/scheduler_config.json``.
 
     Returns:
-        A key of :data:`SAMPLERS`; :data:`FALLBACK_SAMPLER` for classes that have no table.
+        A key of :data:`SAMPLERS`, for flow matching of :data:`FLOW_SAMPLERS`;
+        :data:`FALLBACK_SAMPLER` for classes that have no table.
 
     Raises:
         ModelError: the class trains on a noise schedule that no sampler here supports.
     """
     sampler_options.check_class(scheduler_config)
     name = str(scheduler_config.get("_class_name"))
+    if name == "DEISMultistepScheduler":
+        return "deis3" if scheduler_config.get("solver_order") == 3 else "deis"
     if name != "DPMSolverMultistepScheduler":
         return _SAMPLER_OF_CLASS.get(name, FALLBACK_SAMPLER)
     stochastic = str(scheduler_config.get("algorithm_type", "")).startswith("sde-")
@@ -158,15 +119,21 @@ def build_step_table(
     num_inference_steps: int,
     *,
     strength: float | None = None,
+    image_tokens: int | None = None,
 ) -> StepTable:
     """Computes every step of a run.
 
     Args:
-        name: a key of :data:`SAMPLERS`.
+        name: a key of :data:`SAMPLERS`, or for a flow-matching scheduler of
+            :data:`FLOW_SAMPLERS`, with or without ``_<spacing>``;
+            :func:`closeup.sampler_names.resolve_sampler_name` makes one of what users write.
         scheduler_config: the content of the pipeline's ``scheduler/scheduler_config.json``.
         num_inference_steps: steps at strength 1, at least 1.
         strength: None for text-to-image; else 0..1, the part of the steps that image-to-image
-            runs, counted from the end: ``int(num_inference_steps * strength)``.
+            runs, counted from the end: ``int(num_inference_steps * strength)``; flow matching
+            rounds up instead.
+        image_tokens: length of the packed latents' sequence, for flow-matching schedulers whose
+            shift depends on the resolution; others ignore it.
 
     Returns:
         The table; empty when the strength leaves no step, and then the input is the result.
@@ -174,9 +141,13 @@ def build_step_table(
     Raises:
         RequestError: an unknown name, or steps or strength out of range.
         ModelError: the pipeline's configuration is not supported by this sampler.
+        ValueError: ``image_tokens`` is needed and missing.
     """
-    sampler = _find_sampler(name)
+    flow = sampler_options.is_flow(scheduler_config)
+    sampler = find_sampler(name, flow=flow)
     options = _resolve(name, sampler, scheduler_config)
+    if flow:
+        options = sampler_flow.resolve_shift(options, image_tokens)
     _check_run(options, num_inference_steps, strength)
     schedule = sampler.build_schedule(options, num_inference_steps)
     begin = _begin_index(schedule, num_inference_steps, strength)
@@ -186,9 +157,9 @@ def build_step_table(
     rows = np.array([step.rows for step in done]).reshape(-1, 3, 5)
     if not np.isfinite(rows).all():
         raise ModelError(
-            f"scheduler_config.json has prediction_type = {options.prediction_type!r} on a noise "
-            "schedule whose last timestep holds no signal, from which nothing can be denoised; "
-            "use a v_prediction model."
+            f"{name} cannot start or end where scheduler_config.json puts it: prediction_type = "
+            f"{options.prediction_type!r} on a noise schedule whose last timestep holds no signal "
+            "needs a v_prediction model, and a multistep sampler lower_order_final."
         )
     known = np.concatenate([schedule.levels[begin + 1 : -1], [[1.0, 0.0]]])
     init = (0.0, schedule.init_noise_sigma) if strength is None else schedule.levels[begin]
@@ -200,16 +171,8 @@ def build_step_table(
         known_step=known[: len(done)].astype(np.float32),
         init=np.array(init if done else (1.0, 0.0), np.float32),
         init_noise_sigma=schedule.init_noise_sigma,
+        denoised_in_memory=sampler.denoised_in_memory,
     )
-
-
-def _find_sampler(name: str) -> Sampler:
-    try:
-        return SAMPLERS[name]
-    except KeyError:
-        raise RequestError(
-            {"scheduler": f"{name!r} is unknown; use one of {', '.join(SAMPLERS)}."}
-        ) from None
 
 
 def _resolve(name: str, sampler: Sampler, scheduler_config: Mapping[str, Any]) -> SchedulerOptions:
@@ -238,5 +201,8 @@ def _begin_index(schedule: Schedule, n: int, strength: float | None) -> int:
     """Index of the first step: image-to-image skips whole steps at the noisy end."""
     if strength is None:
         return 0
-    skipped = n - min(int(n * strength), n)
+    if schedule.counts_up:
+        skipped = int(max(n - min(n * strength, n), 0))
+    else:
+        skipped = n - min(int(n * strength), n)
     return min(skipped * schedule.order, len(schedule.timesteps))

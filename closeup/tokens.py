@@ -54,6 +54,11 @@ class PromptTokenizer:
             )
         self._encoder = _open_tokenizer(path)
 
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt that fit."""
+        return self._room
+
     def tokens(self, text: str) -> list[int]:
         """Return the ids of all of ``text``, without begin, end and padding."""
         ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids

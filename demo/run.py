@@ -63,8 +63,14 @@ def main() -> int:
 def paint(out: Path) -> int:
     """Serve the demo model, send the default request, stop; return the exit code."""
     started_s = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
     options = ServerOptions(
-        repository=REPOSITORY, lora_dir=WEIGHTS / "loras", http_port=0, grpc_port=0, metrics_port=0
+        repository=REPOSITORY,
+        lora_dir=WEIGHTS / "loras",
+        http_port=0,
+        grpc_port=0,
+        metrics_port=0,
+        log_path=out / "server.log",
     )
     try:
         with EmbeddedServer(options) as server:

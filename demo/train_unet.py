@@ -181,6 +181,8 @@ def export_networks(run: Run, folder: Path) -> None:
         half = type(network)(network.config) if name == "text_encoder" else None
         half = half or type(network).from_config(network.config)
         half.load_state_dict(network.state_dict(), strict=False)
+        if name == "unet":
+            half.register_to_config(_name_or_path="")
         half.half().save_pretrained(folder / name)
     run.average.swap()
 
@@ -188,6 +190,7 @@ def export_networks(run: Run, folder: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add_run_arguments(parser, steps=60000, batch=16)
+    parser.add_argument("--export-only", action="store_true", help="write --out and stop")
     parser.add_argument("--data", type=Path, default=CACHE / "train")
     parser.add_argument("--start", type=Path, help="a pipeline folder to start from")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "sd")
@@ -254,7 +257,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     data = Dataset.load(options.data)
     run = start_run(options, data.latents.shape[-1])
-    train(run, data, options)
+    if not options.export_only:
+        train(run, data, options)
     export_networks(run, options.out)
 
 

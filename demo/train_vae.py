@@ -121,7 +121,7 @@ def export_vae(vae: Any, folder: Path) -> None:
     """Write a copy of ``vae`` as fp16 into ``folder``; ``vae`` itself stays float32."""
     # from_config drops what equalled a default when the module was built: the scale is set again.
     half = AutoencoderKL.from_config(vae.config)
-    half.register_to_config(scaling_factor=vae.config.scaling_factor)
+    half.register_to_config(scaling_factor=vae.config.scaling_factor, _name_or_path="")
     half.load_state_dict(vae.state_dict())
     half.half().save_pretrained(folder)
 

@@ -170,6 +170,8 @@ def write_graph(graph: Graph, path: Path) -> None:
         with quiet_exporters():
             export_pytorch(graph.module, GraphOnnxConfig(graph, seed=0), OPSET, path)
             _declare_shapes(graph, path)
+        for file in path.parent.glob(f"{path.name}*"):
+            file.chmod(0o644)  # external data is written for its owner alone
     except Exception as error:
         raise ExportError(
             f"the {graph.title} cannot be exported to ONNX: {type(error).__name__}: {error}"

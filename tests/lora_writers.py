@@ -13,7 +13,9 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from closeup.lora import LoraWeights, layer_starts
-from closeup.lora_keys import original_name
+from closeup.lora_keys import DENOISER
+from closeup.lora_names import original_name
+from closeup.lora_read import read_lora
 from closeup.manifest import LoraLayer, LoraLayout
 
 Floats = npt.NDArray[np.float32]
@@ -140,3 +142,8 @@ def delta_of(weights: LoraWeights, layout: LoraLayout, name: str) -> Floats:
     down = weights.rows[start:middle].astype(np.float64)
     up = weights.rows[middle : middle + layer.out_features].astype(np.float64)
     return (up @ down.T).astype(np.float32)
+
+
+def read_denoiser(path: Path, layout: LoraLayout) -> LoraWeights:
+    """Read a file for a pipeline that has a denoiser only."""
+    return read_lora(path, {DENOISER: layout}).networks[DENOISER]

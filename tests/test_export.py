@@ -24,6 +24,8 @@ from closeup.tokens import PromptTokenizer
 from export import graphs
 from export.__main__ import main, parse_options
 from export.config import TritonConfig, config_text
+from export.detector import OUTPUT_NAMES, FaceDetector, save_face_detector
+from export.exporting import export_face_detector
 from export.graphs import Graph, GraphTensor, check_graph, normal_inputs, open_session, write_graph
 from export.options import (
     ModelFacts,
@@ -334,3 +336,25 @@ def test_add_to_index_keeps_the_order_when_a_name_is_there(tmp_path: Path) -> No
     for name in ("first", "second", "first"):
         add_to_index(tmp_path, name)
     assert read_index(tmp_path) == ["first", "second"]
+
+
+def test_export_takes_a_face_detector_as_weights_and_as_onnx(
+    exported: Exported, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    save_face_detector(FaceDetector().eval(), tmp_path / "detector.safetensors")
+    repository = tmp_path / "repository"
+    compared = export_face_detector(tmp_path / "detector.safetensors", repository, "one")
+    assert 0 < compared.component.max_rel_error < graphs.LIMITS["fp32"]
+    first = read_config(repository, "face_detector")
+    assert [tensor.name for tensor in first.input] == ["input"]
+    assert sorted(tensor.name for tensor in first.output) == sorted(OUTPUT_NAMES)
+    assert list(first.output[0].dims) == [-1, 1]
+    onnx_file = shutil.copy(repository / "face_detector" / "1" / "model.onnx", tmp_path / "d.onnx")
+    taken = export_face_detector(Path(onnx_file), repository, "two")
+    assert "not compared" in taken.component.checks[0]
+    assert taken.component.sha256 == compared.component.sha256
+    assert read_config(repository, "face_detector") == first
+    other = exported.repository / "upscaler" / "1" / "model.onnx"
+    with pytest.raises(ExportError, match=r"expected YuNet's"):
+        export_face_detector(other, repository, "three")

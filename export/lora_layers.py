@@ -127,6 +127,11 @@ def adapt_layers(network: nn.Module, bank: LoraBank) -> tuple[LoraLayer, ...]:
     return tuple(layers)
 
 
+def bank_rows(layers: tuple[LoraLayer, ...]) -> int:
+    """M: the rows of one adapter in the bank."""
+    return sum(layer.in_features + layer.out_features for layer in layers)
+
+
 def _adapted(base: nn.Module, bank: LoraBank, offset: int) -> LoraLinear | LoraPointwise:
     if isinstance(base, nn.Conv2d):
         return LoraPointwise(base, bank, offset)

@@ -14,7 +14,8 @@ from diffusers import UNet2DConditionModel
 
 from closeup.errors import ExportError
 from closeup.manifest import LoraLayer
-from export.denoiser import DenoiserStep, denoiser_graph, refuse_other_unets
+from export.denoiser import DenoiserStep, denoiser_graph
+from export.unet import refuse_other_unets
 from export.graphs import export_graph, open_session
 from tests.tiny_pipelines import CONTEXT, TOKENS, make_tiny_unet
 

@@ -56,17 +56,9 @@ class Denoiser:
             for each text encoder with LoRA inputs, <version>/<encoder>.onnx).
         version: name of the version folder.
         settings: server options.
-        on_tick: called after each engine call with (sequences, seconds).
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        version: str = "1",
-        settings: Settings,
-        on_tick: Callable[[int, float], None] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, *, version: str = "1", settings: Settings) -> None:
         self.manifest = manifest = read_manifest(folder / MANIFEST_NAME)
         self._engine = open_engine(folder / version / "model.onnx", options=EngineOptions())
         self._encoders = LoraEncoders(manifest.encoders, folder / version)
@@ -85,7 +77,6 @@ class Denoiser:
             max_batch=min(manifest.max_batch, settings.max_batch or manifest.max_batch),
             loras=None if self._bank is None or manifest.lora is None
             else self._bank.view(DENOISER),
-            on_tick=on_tick,
         )  # fmt: skip
         self._warm_up()
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from closeup.denoiser import LEASE_MARGIN_S, Answer, Denoiser, LoraCounters
+from closeup.denoiser import LEASE_MARGIN_S, Answer, Denoiser
+from closeup.denoiser_metrics import METRICS, metric_values
 from closeup.settings import read_settings
 from closeup.triton_glue import Reply, Watchdog, configure_logging, request_inputs
 
@@ -28,15 +29,13 @@ class TritonPythonModel:
         configure_logging()
         settings = read_settings()
         self._limit_s = settings.request_timeout_s + LEASE_MARGIN_S
-        self._metrics = _Metrics(args["model_name"])
         self._watchdog = Watchdog()
         self._denoiser = Denoiser(
             Path(args["model_repository"]),
             version=args["model_version"],
             settings=settings,
-            on_tick=self._metrics.tick,
         )
-        self._metrics.state(0, self._denoiser.lora_counters())
+        self._metrics = _Metrics(args["model_name"], self._denoiser)
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Start every request; answers come later."""
@@ -60,108 +59,55 @@ class TritonPythonModel:
             reply.fail(error)
         else:
             reply.finish(done.result())
-        self._metrics.state(self._denoiser.slots_in_use, self._denoiser.lora_counters())
+        self._metrics.publish()
 
 
 class _Metrics:
-    """Counters and gauges on Triton's metrics endpoint."""
+    """The denoiser's counters on Triton's metrics endpoint.
 
-    def __init__(self, model: str) -> None:
-        self._labels = {"model": model}
-        self._families: list[Any] = []  # Triton drops a metric with its family
-        self._calls = self._counter("engine_calls_total", "Denoiser engine calls")
-        self._steps = self._counter("sequence_steps_total", "Denoising steps of sequences")
-        self._seconds = self._counter("engine_seconds_total", "Seconds in the denoiser engine")
-        self._slots = self._gauge("slots_in_use", "Pictures in flight")
-        self._totals = {
-            name: self._counter(f"lora_{name}_total", description)
-            for name, description in LORA_TOTALS.items()
-        }
-        self._states = {
-            name: self._gauge(f"lora_{name}", description)
-            for name, description in LORA_STATES.items()
-        }
-        self._counted = dict.fromkeys(LORA_TOTALS, 0)
-        self._ticks = [0.0, 0.0, 0.0]
+    Every change crosses to Triton's process, at a few tenths of a millisecond each, so values
+    are published with the answers, not at every tick, and only those that changed.
+    """
+
+    def __init__(self, model: str, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
         self._lock = threading.Lock()
+        self._stale = False
+        self._families: list[Any] = []  # Triton drops a metric with its family
+        self._metrics: dict[str, Any] = {}
+        self._published = {spec.name: 0.0 for spec in METRICS}
+        kinds = pb_utils.MetricFamily
+        for spec in METRICS:
+            family = pb_utils.MetricFamily(
+                name=spec.name,
+                description=spec.description,
+                kind=kinds.COUNTER if spec.is_total else kinds.GAUGE,
+            )
+            self._families.append(family)
+            self._metrics[spec.name] = family.Metric(labels={"model": model})
+        self.publish()
 
-    def tick(self, sequences: int, seconds: float) -> None:
-        """Count an engine call.
+    def publish(self) -> None:
+        """Bring Triton's values up to date.
 
-        Every change of a metric crosses to Triton's process, at a few tenths of a millisecond
-        each, so ticks are summed here and published with the answers.
+        Answers come from several threads, that of the denoising steps among them: a thread that
+        meets another at work leaves it to that one.
         """
-        with self._lock:
-            for index, amount in enumerate((1, sequences, seconds)):
-                self._ticks[index] += amount
+        self._stale = True
+        while self._stale and self._lock.acquire(blocking=False):
+            try:
+                self._stale = False
+                self._publish_changes()
+            finally:
+                self._lock.release()
 
-    def state(self, slots_in_use: int, loras: LoraCounters | None) -> None:
-        """Publish what is in use, and what was counted since the last time."""
-        with self._lock:  # answers come from several threads
-            self._slots.set(slots_in_use)
-            ticks, self._ticks = self._ticks, [0.0, 0.0, 0.0]
-            for counter, amount in zip(
-                (self._calls, self._steps, self._seconds), ticks, strict=True
-            ):
-                if amount:
-                    counter.increment(amount)
-            if loras is None:
-                return
-            for name, total in lora_totals(loras).items():
-                self._totals[name].increment(max(0, total - self._counted[name]))
-                self._counted[name] = max(total, self._counted[name])
-            for name, value in lora_states(loras).items():
-                self._states[name].set(value)
-
-    def _counter(self, name: str, description: str) -> Any:
-        return self._metric(name, description, pb_utils.MetricFamily.COUNTER)
-
-    def _gauge(self, name: str, description: str) -> Any:
-        return self._metric(name, description, pb_utils.MetricFamily.GAUGE)
-
-    def _metric(self, name: str, description: str, kind: Any) -> Any:
-        family = pb_utils.MetricFamily(name=f"closeup_{name}", description=description, kind=kind)
-        self._families.append(family)
-        return family.Metric(labels=self._labels)
-
-
-LORA_TOTALS = {
-    "hits": "LoRA files answered from memory",
-    "misses": "LoRA files read from disk",
-    "evictions": "LoRA files dropped from memory for lack of room",
-    "row_hits": "Requests whose LoRAs were resident in the bank",
-    "row_misses": "Requests whose LoRAs had to be put into the bank",
-}
-LORA_STATES = {
-    "held": "LoRA files in memory",
-    "bytes": "Bytes of the LoRA files in memory",
-    "rows": "Rows of the bank",
-    "rows_resident": "Rows of the bank that hold LoRAs",
-    "rows_in_use": "Rows of the bank that running requests use",
-    "bank_bytes": "Bytes of the bank's arrays",
-}
-
-
-def lora_totals(loras: LoraCounters) -> dict[str, int]:
-    """Return the value of each of `LORA_TOTALS`."""
-    store, bank = loras.store, loras.bank
-    return {
-        "hits": store.hits,
-        "misses": store.misses,
-        "evictions": store.evictions,
-        "row_hits": bank.hits,
-        "row_misses": bank.misses,
-    }
-
-
-def lora_states(loras: LoraCounters) -> dict[str, int]:
-    """Return the value of each of `LORA_STATES`."""
-    store, bank = loras.store, loras.bank
-    return {
-        "held": store.held,
-        "bytes": store.held_bytes,
-        "rows": bank.rows,
-        "rows_resident": bank.resident,
-        "rows_in_use": bank.in_use,
-        "bank_bytes": bank.array_bytes,
-    }
+    def _publish_changes(self) -> None:
+        values = metric_values(self._denoiser)
+        for spec in METRICS:
+            value = values.get(spec.name, 0.0)
+            change = value - self._published[spec.name]
+            if change and spec.is_total:
+                self._metrics[spec.name].increment(change)
+            elif change:
+                self._metrics[spec.name].set(value)
+            self._published[spec.name] = value

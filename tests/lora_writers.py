@@ -150,7 +150,7 @@ def text_style(style: str, network: str) -> Style:
 def tensors_from_factors(
     factors: Factors, style: str | Style, *, conv_names: tuple[str, ...] = ()
 ) -> dict[str, npt.NDArray[Any]]:
-    """Name the factors in a style, or one of `STYLES`; those of `conv_names` get two more dimensions of size 1."""
+    """Name the factors in a style; those of `conv_names` get two more dimensions of size 1."""
     tensors: dict[str, npt.NDArray[Any]] = {}
     keys = STYLES[style] if isinstance(style, str) else style
     for name, layer in factors.items():

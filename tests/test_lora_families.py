@@ -235,22 +235,20 @@ def _converted_deltas(path: Path, start: str) -> Deltas:
 def test_read_lora_equals_the_converted_state_when_a_flux_file_has_the_original_layers(
     style: str, sparse: bool, flux: Any, tmp_path: Path
 ) -> None:
-    layouts = {"denoiser": _layout(flux.transformer), "text_encoder": None}
+    layout = _layout(flux.transformer)
     sizes = _original_flux_sizes(16, 12, 16, 8)
     path = write_lora(tmp_path / "a.safetensors", _original_tensors(sizes, style, sparse=sparse))
-    ours = read_lora(path, layouts).networks["denoiser"]
+    ours = read_lora(path, {"denoiser": layout, "text_encoder": None}).networks["denoiser"]
     reference = path
     if style == "bfl":  # diffusers reads the same tensors under ComfyUI's names only
         tensors = _original_tensors(sizes, "comfy", sparse=sparse)
         reference = write_lora(tmp_path / "b.safetensors", tensors)
     theirs = _converted_deltas(reference, "transformer.")
     qkv = ("to_q", "to_k", "to_v", "proj_mlp")  # of the single blocks: see the next test
-    names = {layer.name for layer in layouts["denoiser"].layers
+    names = {layer.name for layer in layout.layers
              if not (layer.name.startswith("single") and layer.name.endswith(qkv))}  # fmt: skip
-    _assert_equal(ours, layouts["denoiser"], theirs, names)
-    place = [layer.name for layer in layouts["denoiser"].layers].index(
-        "transformer_blocks.1.attn.to_k"
-    )
+    _assert_equal(ours, layout, theirs, names)
+    place = [layer.name for layer in layout.layers].index("transformer_blocks.1.attn.to_k")
     assert ours.ranks[place] == (2 if sparse else 6)
 
 

@@ -74,7 +74,8 @@ def _lora_from_stored(name: str, stored: StoredTensors, layouts: Layouts) -> Lor
         for network, count in reader.ignored.items()
     )
     networks = {}
-    for network, (layout, factors) in reader.factors.items():
+    for network in sorted(reader.factors):
+        layout, factors = reader.factors[network]
         label = name if network == DENOISER else f"{name} ({network})"
         networks[network] = pack_factors(label, factors, layout, layout.max_rank)
     return Lora(name=name, networks=networks, warnings=warnings)

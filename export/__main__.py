@@ -38,6 +38,7 @@ def parse_options(arguments: Sequence[str]) -> ExportOptions:
     add("--lora-rank", type=int, default=32, help="largest LoRA rank; 0: no LoRA inputs")
     add("--precision", type=Precision, choices=list(Precision), default=Precision.FP32)
     add("--max-batch", type=int, default=8, help="sequences in an engine call")
+    add("--max-tokens", type=int, default=512, help="prompt length of FLUX.1's T5")
     add("--upscaler", type=Path, help="weights (.safetensors) of the repository's upscaler")
     add("--face-detector", type=Path, help="YuNet-style detector, .safetensors or .onnx")
     add("--force", action="store_true", help="export even when nothing changed")
@@ -58,6 +59,7 @@ def parse_options(arguments: Sequence[str]) -> ExportOptions:
         lora_rank=given.lora_rank,
         precision=given.precision,
         max_batch=given.max_batch,
+        max_tokens=given.max_tokens,
         upscaler=given.upscaler,
         face_detector=given.face_detector,
         facts=ModelFacts(

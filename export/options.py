@@ -41,7 +41,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "optim
 
 
 class Precision(str, Enum):
-    """Of the denoiser's and the text encoder's weights."""
+    """Of the denoiser's and the text encoders' weights."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -96,6 +96,7 @@ class ExportOptions:
         lora_rank: the largest rank of the LoRA inputs; 0 leaves them out.
         precision: of the denoiser and the text encoder.
         max_batch: sequences in an engine call.
+        max_tokens: length of T5's prompts (FLUX.1).
         upscaler: weights of the repository's upscaler.
         face_detector: weights or ONNX file of the repository's face detector.
         facts: flags for the manifest; they win over the folder's.
@@ -108,6 +109,7 @@ class ExportOptions:
     lora_rank: int = 32
     precision: Precision = Precision.FP32
     max_batch: int = 8
+    max_tokens: int = 512
     upscaler: Path | None = None
     face_detector: Path | None = None
     facts: ModelFacts = field(default_factory=ModelFacts)
@@ -129,6 +131,8 @@ def check_options(options: ExportOptions) -> None:
         raise ExportError(f"--lora-rank {options.lora_rank}: expected 0 to 256.")
     if not 1 <= options.max_batch <= 64:
         raise ExportError(f"--max-batch {options.max_batch}: expected 1 to 64.")
+    if not 16 <= options.max_tokens <= 512:
+        raise ExportError(f"--max-tokens {options.max_tokens}: expected 16 to 512.")
     for flag, path in (("upscaler", options.upscaler), ("face-detector", options.face_detector)):
         if path is not None and not path.is_file():
             raise ExportError(f"--{flag} {path}: there is no such file.")
@@ -189,6 +193,7 @@ def pipeline_fingerprint(options: ExportOptions, folder: Path, facts: ModelFacts
         "lora_rank": options.lora_rank,
         "precision": options.precision,
         "max_batch": options.max_batch,
+        "max_tokens": options.max_tokens,
         "facts": asdict(facts),
     }
     files = [path for path in sorted(folder.rglob("*")) if _matters(path.relative_to(folder))]
@@ -225,7 +230,8 @@ def _matters(path: Path) -> bool:
     """Whether a file of a pipeline's folder is read by the export."""
     if path.parts[0] not in (
         "model_index.json", FOLDER_OPTIONS_NAME,
-        "unet", "vae", "text_encoder", "tokenizer", "scheduler",
+        "unet", "transformer", "vae", "scheduler",
+        "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2",
     ):  # fmt: skip
         return False
     return path.suffix in (".json", ".txt", ".safetensors")

@@ -208,9 +208,12 @@ def _original_tensors(
                 up[rows, : 2 * part] = up[rows, 2 * part + 2 :] = 0
         if style == "kohya":
             stem = "lora_unet_" + name.replace(".", "_")
+        elif style == "peft":
+            stem = f"base_model.model.{name}"
         else:  # as ComfyUI's converter writes it
             stem = f"diffusion_model.{name}"
-        down_key, up_key = ("lora_A", "lora_B") if style == "bfl" else ("lora_down", "lora_up")
+        is_peft = style in ("bfl", "peft")
+        down_key, up_key = ("lora_A", "lora_B") if is_peft else ("lora_down", "lora_up")
         tensors |= {f"{stem}.{down_key}.weight": item.down, f"{stem}.{up_key}.weight": up}
         # diffusers drops the final layers' alpha; without one both take the scale 1.
         if not name.startswith("final_layer"):
@@ -231,7 +234,7 @@ def _converted_deltas(path: Path, start: str) -> Deltas:
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["full", "sparse"])
-@pytest.mark.parametrize("style", ["kohya", "comfy", "bfl"])
+@pytest.mark.parametrize("style", ["kohya", "comfy", "bfl", "peft"])
 def test_read_lora_equals_the_converted_state_when_a_flux_file_has_the_original_layers(
     style: str, sparse: bool, flux: Any, tmp_path: Path
 ) -> None:
@@ -240,7 +243,7 @@ def test_read_lora_equals_the_converted_state_when_a_flux_file_has_the_original_
     path = write_lora(tmp_path / "a.safetensors", _original_tensors(sizes, style, sparse=sparse))
     ours = read_lora(path, {"denoiser": layout, "text_encoder": None}).networks["denoiser"]
     reference = path
-    if style == "bfl":  # diffusers reads the same tensors under ComfyUI's names only
+    if style in ("bfl", "peft"):  # diffusers reads the same tensors under ComfyUI's names only
         tensors = _original_tensors(sizes, "comfy", sparse=sparse)
         reference = write_lora(tmp_path / "b.safetensors", tensors)
     theirs = _converted_deltas(reference, "transformer.")
@@ -265,6 +268,27 @@ def test_read_lora_equals_the_converted_state_when_flux_single_blocks_are_joined
     ours = read_lora(path, {"denoiser": layout}).networks["denoiser"]
     theirs = _converted_deltas(path, "transformer.")
     _assert_equal(ours, layout, theirs, {layer.name for layer in layers})
+
+
+def test_read_lora_equals_the_converted_state_when_a_flux_file_is_xlabs(
+    flux: Any, tmp_path: Path
+) -> None:
+    sizes = {"qkv_lora1": (16, 48), "qkv_lora2": (16, 48), "proj_lora1": (16, 16),
+             "proj_lora2": (16, 16)}  # fmt: skip
+    modules = {f"double_blocks.{n}.processor.{leaf}": size
+               for n in range(2) for leaf, size in sizes.items()}  # fmt: skip
+    modules |= {f"single_blocks.{n}.processor.qkv_lora": (16, 48) for n in range(2)}
+    layers = tuple(LoraLayer(name=name, in_features=size[0], out_features=size[1])
+                   for name, size in modules.items())  # fmt: skip
+    factors = random_factors(layers, seed=4, ranks=(3,))
+    tensors = {f"{name}.down.weight": item.down for name, item in factors.items()}
+    tensors |= {f"{name}.up.weight": item.up for name, item in factors.items()}
+    path = write_lora(tmp_path / "a.safetensors", tensors)
+    layout = _layout(flux.transformer)
+    names = {layer.name for layer in layout.layers
+             if ".attn." in layer.name}  # fmt: skip
+    ours = read_lora(path, {"denoiser": layout, "text_encoder": None}).networks["denoiser"]
+    _assert_equal(ours, layout, _converted_deltas(path, "transformer."), names)
 
 
 @pytest.mark.parametrize(

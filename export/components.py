@@ -141,7 +141,7 @@ def text_encoder_graph(
     def draw(sizes: Sizes, seed: int) -> dict[str, Tensor]:
         return draw_prompts(tuple(inputs), sizes, seed, config)
 
-    cases = ({BATCH: 2}, {BATCH: 1}, {BATCH: 5})
+    cases: tuple[Sizes, ...] = ({BATCH: 2}, {BATCH: 1}, {BATCH: 5})
     ranks = ((3, 4), (1, 1), (2, max_rank))
     if module.layers:
         cases = tuple(

@@ -85,7 +85,7 @@ class PlainFluxAttention:
         assert image_rotary_emb is not None
         query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
         weights = ((query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)).softmax(-1)
-        mixed = (weights @ value).transpose(1, 2).flatten(2)
+        mixed: Tensor = (weights @ value).transpose(1, 2).flatten(2)
         if encoder_hidden_states is None:
             return mixed
         tokens = encoder_hidden_states.shape[1]
@@ -156,4 +156,5 @@ def picture_positions(x: Tensor) -> Tensor:
 
 def _split(attn: Any, x: Tensor) -> Tensor:
     """(R, n, C) to (R, heads, n, d)."""
-    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+    return split

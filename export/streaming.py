@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -99,7 +99,9 @@ def _fold_transposes(graph: onnx.GraphProto, weights: set[str]) -> set[str]:
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    names, renamed, removed = set(), {}, set()
+    names: set[str] = set()
+    renamed: dict[str, str] = {}
+    removed: set[int] = set()
     for name in weights:
         nodes = readers.get(name, [])
         if nodes and all(_is_transpose(node) for node in nodes):
@@ -141,7 +143,7 @@ def _initializer(name: str, tensor: Tensor, file: IO[bytes]) -> onnx.TensorProto
     for key, value in (
         ("location", location), ("offset", str(place.offset)), ("length", str(place.length)),
     ):  # fmt: skip
-        proto.external_data.append(helper.StringStringEntryProto(key=key, value=value))
+        proto.external_data.add(key=key, value=value)
     return proto
 
 
@@ -149,5 +151,5 @@ def _append(values: np.ndarray[Any, Any], file: IO[bytes]) -> _Place:
     padding = -file.tell() % _ALIGNMENT if values.nbytes >= _ALIGNMENT else 0
     file.write(b"\0" * padding)
     offset = file.tell()
-    file.write(values.reshape(-1).view(np.uint8))
+    file.write(values.reshape(-1).view(np.uint8).data)
     return _Place(offset=offset, length=values.nbytes)

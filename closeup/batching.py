@@ -313,7 +313,13 @@ def feeds_from_sequences(
         return chosen
 
     def stacked(arrays: list[Array]) -> Array:
-        return np.ascontiguousarray(np.stack(arrays), np.float32)
+        # A sequence alone, the usual case of an idle server, needs no copy.
+        joined = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+        return np.ascontiguousarray(joined, np.float32)
+
+    def stacked_rows(arrays: list[Array]) -> Array:
+        joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return np.ascontiguousarray(joined, np.float32)
 
     feeds = {
         "sample": stacked(list(samples)),
@@ -325,7 +331,7 @@ def feeds_from_sequences(
         "mask": stacked([at(s.mask, k, ones) for s, k in pairs]),
         "rows": rows.astype(np.int64),
         "timestep": np.array([s.timestep[k] for s, k in pairs], np.float32)[rows],
-        "context": np.ascontiguousarray(np.concatenate([s.context for s in segments]), np.float32),
+        "context": stacked_rows([s.context for s in segments]),
         "pick": np.stack([first + np.array(rows_of) - 1, first], 1).astype(np.int64),
         "guidance": np.array([_guidance(s) for s in segments], np.float32),
         "input_scale": np.array([s.input_scale[k] for s, k in pairs], np.float32),

@@ -13,7 +13,7 @@ from closeup.segments import ENCODE
 from closeup.tokens import PromptTokenizer
 from closeup.weighted_prompt import apply_weights, encode_weighted, parse_weights
 
-NEGATIVE = "negative_prompt"
+NEGATIVE, FACE = "negative_prompt", "face_prompt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +89,7 @@ async def encode_prompts(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Con
     request = run.request
     texts = {NEGATIVE: request.negative_prompt or "", "prompt": request.prompt}
     if request.inpaint_faces:
-        texts["face_prompt"] = request.face_prompt
+        texts[FACE] = request.face_prompt
     contexts: list[Floats] = []
     pooled: Floats | None = None
     for encoder, tokenizer in zip(request.model.encoders, tokenizers, strict=True):
@@ -111,12 +111,21 @@ async def encode_prompts(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Con
 async def _encode(
     run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: Mapping[str, str]
 ) -> dict[str, Floats]:
-    """Return an encoder's outputs for the texts by field: context (n, L, D), pooled (n, P)."""
+    """Return an encoder's outputs for the texts by field: context (n, L, D), pooled (n, P).
+
+    Long texts are cut, with a warning; a face prompt keeps the model's suffix.
+    """
     if run.request.use_lpw:
         return await _encode_weighted(run, encoder, tokenizer, list(texts.values()))
-    encoded = {field: tokenizer.encode(text) for field, text in texts.items()}
+    suffix = run.request.model.face_prompt_suffix
+    encoded = {
+        field: tokenizer.encode(
+            text, ending=suffix if field == FACE and text.endswith(suffix) else ""
+        )
+        for field, text in texts.items()
+    }
     for field, tokens in encoded.items():
-        if tokens.truncated and (field != NEGATIVE or is_guided(run)):
+        if tokens.truncated and _is_worth_telling(run, field):
             run.warn(
                 f"{field} is {tokens.truncated} tokens longer than the {tokenizer.room} that "
                 f"{encoder.name} reads; its end was cut."
@@ -170,6 +179,13 @@ async def _states(run: Run, encoder: TextEncoder, ids: Array) -> dict[str, Float
     wanted = [f"encoded_{output}" for output in encoder.outputs]
     states = await run.infer_floats(model.denoiser, inputs, wanted)
     return {name.removeprefix("encoded_"): array for name, array in states.items()}
+
+
+def _is_worth_telling(run: Run, field: str) -> bool:
+    request = run.request
+    if field == NEGATIVE:
+        return is_guided(run)
+    return field != FACE or request.face_prompt != request.prompt + request.model.face_prompt_suffix
 
 
 def is_guided(run: Run) -> bool:

@@ -112,7 +112,8 @@ async def denoise(
         sample, memory = answer["next_sample"], answer["next_memory"]
         steps = len(table.timesteps[part])
         run.count("denoiser_steps", steps)
-        run.advance(steps, image=image, preview=await _preview(run, memory[0]))
+        estimate = memory[0] if table.denoised_in_memory else sample
+        run.advance(steps, image=image, preview=await _preview(run, estimate))
     return sample
 
 

@@ -102,9 +102,13 @@ def _build_midpoints(
 
 
 def split_ancestral(sigma: float, sigma_next: float) -> tuple[float, float]:
-    """The level that an ancestral step goes down to, and the noise that takes it up again."""
+    """The level that an ancestral step goes down to, and the noise that takes it up again.
+
+    The reference gets the lower level as a difference in float32, which on long steps has few
+    correct digits (with two or three steps it can be NaN); this is the same in closed form.
+    """
     sigma_up = sigma_next * np.sqrt(sigma**2 - sigma_next**2) / sigma
-    return float(np.sqrt(sigma_next**2 - sigma_up**2)), float(sigma_up)
+    return sigma_next**2 / sigma, float(sigma_up)
 
 
 def step_heun(schedule: Schedule, i: int, history: int, options: SchedulerOptions) -> Step:

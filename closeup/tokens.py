@@ -64,12 +64,20 @@ class PromptTokenizer:
         ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode(self, text: str) -> Encoded:
-        """Return the ids of ``text``, cut and padded to max_tokens."""
+    def encode(self, text: str, *, ending: str = "") -> Encoded:
+        """Return the ids of ``text``, cut and padded to max_tokens.
+
+        Args:
+            text: any length.
+            ending: the last words of ``text`` that stay when it is cut: the cut is before them.
+        """
         tokens = self.tokens(text)
         facts = self._facts
         ids = np.full(facts.max_tokens, facts.pad_token_id, np.int64)
         kept = tokens[: self._room]
+        if ending and len(tokens) > self._room:
+            last = self.tokens(ending)[-self._room :]
+            kept = [*tokens[: self._room - len(last)], *last]
         whole = [*self._begin, *kept, facts.eos_token_id]
         ids[: len(whole)] = whole
         return Encoded(ids=ids, truncated=len(tokens) - len(kept))

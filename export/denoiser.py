@@ -279,7 +279,7 @@ def draw_inputs(inputs: tuple[GraphTensor, ...], sizes: Sizes, seed: int) -> dic
     if "guidance_embed" in drawn:
         drawn["guidance_embed"] = 1 + 4 * torch.rand(rows, generator=generator)
     if "lora" in drawn:
-        drawn["lora"] = drawn["lora"] * 0.1
+        drawn["lora"] = drawn["lora"] * 0.03
         drawn["lora"][0] = 0
         drawn["lora_row"] = torch.randint(sizes["adapters"], (rows,), generator=generator)
     return drawn

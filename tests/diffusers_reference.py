@@ -28,6 +28,19 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "tcd": ("TCDScheduler", {}),
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
 }
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+MORE_SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "dpm++2m_sde": ("DPMSolverMultistepScheduler", _SDE),
+    "dpm++3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "dpm++3m_sde": ("DPMSolverMultistepScheduler", {**_SDE, "solver_order": 3}),
+    "dpm++2s": ("DPMSolverSinglestepScheduler", {"solver_order": 2}),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
+    "deis": ("DEISMultistepScheduler", {"solver_order": 2}),
+    "deis3": ("DEISMultistepScheduler", {"solver_order": 3}),
+    "heun": ("HeunDiscreteScheduler", {"clip_sample": False}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+}
 PIPELINES = {
     "text-to-image": "StableDiffusionPipeline",
     "image-to-image": "StableDiffusionImg2ImgPipeline",
@@ -40,6 +53,9 @@ class DiffusersReference:
 
     Args:
         folder: a pipeline in diffusers layout.
+
+    Attributes:
+        source: the scheduler's configuration as the folder has it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,23 +64,33 @@ class DiffusersReference:
             folder, safety_checker=None, torch_dtype=torch.float32
         )
         self._components = base.components
-        self._source = type(base.scheduler).from_pretrained(folder, subfolder="scheduler")
+        # Not base.scheduler: the pipelines' constructors rewrite steps_offset and clip_sample.
+        source = type(base.scheduler).from_pretrained(folder, subfolder="scheduler")
+        self.source: Mapping[str, Any] = source.config
+        self._pipelines: dict[str, Any] = {}
+
+    def pipeline(self, mode: str) -> Any:
+        """Return the pipeline of a mode, made at its first use."""
+        if mode not in self._pipelines:
+            made = getattr(diffusers, PIPELINES[mode])(
+                **self._components, requires_safety_checker=False
+            )
+            made.set_progress_bar_config(disable=True)
+            self._pipelines[mode] = made
+        return self._pipelines[mode]
 
     def paint(self, mode: str, scheduler: str, *, seed: int, **arguments: Any) -> Pixels:
         """Return one picture (H, W, 3).
 
         Args:
             mode: a key of `PIPELINES`.
-            scheduler: a key of `SCHEDULERS`.
+            scheduler: a key of `SCHEDULERS` or `MORE_SCHEDULERS`.
             seed: of the CPU generator.
             arguments: of the pipeline's call.
         """
-        pipeline = getattr(diffusers, PIPELINES[mode])(
-            **self._components, requires_safety_checker=False
-        )
-        name, overrides = SCHEDULERS[scheduler]
-        pipeline.scheduler = getattr(diffusers, name).from_config(self._source.config, **overrides)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = self.pipeline(mode)
+        name, overrides = {**SCHEDULERS, **MORE_SCHEDULERS}[scheduler]
+        pipeline.scheduler = getattr(diffusers, name).from_config(self.source, **overrides)
         pictures = pipeline(
             generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **arguments
         ).images

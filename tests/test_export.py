@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from google.protobuf import text_format  # type: ignore[import-untyped]
+from google.protobuf import text_format
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 from tritonclient.grpc import model_config_pb2

@@ -58,6 +58,7 @@ def write_toy_repository(folder: Path) -> Path:
     manifest = make_manifest(
         native_px=NATIVE_PX,
         max_batch=8,
+        face_prompt_suffix=" word5 word6 word7",
         encoders=(
             TextEncoder(
                 name="text_encoder",

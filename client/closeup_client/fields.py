@@ -164,8 +164,8 @@ FIELDS: tuple[Field, ...] = (
         datatype="BYTES",
         doc="Sampler.",
         default="the model's",
-        allowed="euler, euler_a, dpm++2m, dpm++2m_karras, dpm++sde, dpm++sde_karras, lcm, tcd, ddim",  # noqa: E501
-        choices=("euler", "euler_a", "dpm++2m", "dpm++2m_karras", "dpm++sde", "dpm++sde_karras", "lcm", "tcd", "ddim"),  # noqa: E501
+        allowed="euler, euler_a, dpm++2m, dpm++2m_karras, dpm++sde, dpm++sde_karras, lcm, tcd, ddim, dpm++2m_sde, dpm++3m, dpm++3m_sde, dpm++2s, unipc, deis, deis3, heun, dpm2, dpm2_a",  # noqa: E501
+        choices=("euler", "euler_a", "dpm++2m", "dpm++2m_karras", "dpm++sde", "dpm++sde_karras", "lcm", "tcd", "ddim", "dpm++2m_sde", "dpm++3m", "dpm++3m_sde", "dpm++2s", "unipc", "deis", "deis3", "heun", "dpm2", "dpm2_a"),  # noqa: E501
     ),
     Field(
         name="super_resolution",

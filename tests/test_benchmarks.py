@@ -1,0 +1,175 @@
+"""The benchmarks' arithmetic and tables."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks.hardware import describe_machine, machine_kind, memory_bytes, processor_name
+from benchmarks.measuring import compare_pairs, median_by_name, psnr_db
+from benchmarks.processes import MemoryWatch, cpu_seconds, descendants, parents_of_all, pss_bytes
+from benchmarks.results import (
+    Section,
+    Verdict,
+    markdown_table,
+    report_data,
+    report_markdown,
+    section_markdown,
+)
+from benchmarks.serving import counters_from
+
+SECTION = Section(
+    title="A thing",
+    columns=("stage", "ms"),
+    rows=(("encode", "4"), ("generate", "590")),
+    verdicts=(Verdict(name="ratio", value=0.95, limit=0.9),),
+    notes=("Medians.",),
+)
+METRICS = """# HELP closeup_engine_seconds_total Seconds in the denoiser engine
+# TYPE closeup_engine_seconds_total counter
+closeup_engine_seconds_total{model="demo_denoiser"} 1.5
+closeup_engine_calls_total{model="demo_denoiser"} 20
+closeup_sequence_steps_total{model="demo_denoiser"} 60
+nv_inference_count{model="upscaler",version="1"} 3
+"""
+
+
+def _statistics(upscaler_ns: int) -> dict[str, object]:
+    runs = [
+        {"batch_size": 1, "compute_infer": {"count": 2, "ns": upscaler_ns}},
+        {"batch_size": 4, "compute_infer": {"count": 1, "ns": 10**9}},
+    ]
+    return {
+        "model_stats": [
+            {"name": "upscaler", "batch_stats": runs},
+            {"name": "demo_denoiser", "batch_stats": runs},
+            {"name": "generate", "batch_stats": runs},
+        ]
+    }
+
+
+def test_comparison_takes_ratios_of_neighbours_when_the_load_drifts() -> None:
+    # Both sides slow down threefold half way: the ratio of medians would be 0.5 or 1.5.
+    comparison = compare_pairs([1.0, 1.0, 3.0, 3.0], [2.0, 2.0, 6.0, 6.0])
+    assert comparison.ratio == 0.5
+    assert comparison.spread == (0.5, 0.5)
+    assert (comparison.ours, comparison.theirs) == (2.0, 4.0)
+
+
+def test_comparison_refuses_when_the_sides_differ_in_number() -> None:
+    with pytest.raises(ValueError, match="1 and 2 samples"):
+        compare_pairs([1.0], [1.0, 2.0])
+
+
+def test_median_by_name_takes_each_name_alone_when_samples_are_mixed() -> None:
+    samples = [{"a": 1.0, "b": 9.0}, {"a": 3.0, "b": 7.0}, {"a": 2.0, "b": 8.0}]
+    assert median_by_name(samples) == {"a": 2.0, "b": 8.0}
+
+
+def test_psnr_is_worked_by_hand_when_every_pixel_differs_by_one() -> None:
+    one = np.full((4, 4, 3), 100, np.uint8)
+    assert psnr_db(one, np.full_like(one, 101)) == pytest.approx(20 * np.log10(255))  # mean square error 1
+    assert psnr_db(one, one) == float("inf")
+    assert psnr_db(one, np.zeros_like(one)) < 10  # a black picture is no agreement
+
+
+def test_psnr_refuses_when_shapes_differ() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        psnr_db(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 1, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least", "met"),
+    [(0.9, False, True), (0.91, False, False), (0.9, True, True), (0.89, True, False)],
+)
+def test_verdict_is_met_on_the_right_side_when_the_limit_is_near(
+    value: float, at_least: bool, met: bool
+) -> None:
+    verdict = Verdict(name="x", value=value, limit=0.9, at_least=at_least)
+    assert verdict.met is met
+    assert verdict.describe().startswith("ok" if met else "MISSED")
+
+
+def test_table_aligns_columns_when_cells_differ_in_length() -> None:
+    assert markdown_table(SECTION.columns, SECTION.rows).splitlines() == [
+        "| stage    |  ms |",
+        "|----------|----:|",
+        "| encode   |   4 |",
+        "| generate | 590 |",
+    ]
+
+
+def test_table_refuses_when_a_row_is_short() -> None:
+    with pytest.raises(ValueError, match="expected 2"):
+        markdown_table(("a", "b"), [("1",)])
+
+
+def test_report_holds_tables_verdicts_and_machine_when_written() -> None:
+    day = datetime.date(2026, 1, 2)
+    text = report_markdown([SECTION], {"cores": "2"}, "python -m benchmarks", day)
+    assert "# Benchmarks, 2026-01-02" in text
+    assert "| cores" in text
+    assert section_markdown(SECTION) in text
+    data = json.loads(json.dumps(report_data([SECTION], {}, "c", day)))
+    assert data["sections"][0]["verdicts"][0]["met"] is False
+    assert data["sections"][0]["rows"][1] == ["generate", "590"]
+
+
+def test_counters_take_batches_once_and_the_denoisers_own_when_both_are_given() -> None:
+    counters = counters_from(_statistics(10**9), METRICS)
+    assert counters.engine_s == {"upscaler": 2.0, "demo_denoiser": 1.5}
+    assert counters.calls == {"upscaler": 3, "demo_denoiser": 20}
+    assert counters.sequence_steps == 60
+
+
+def test_counters_subtract_when_an_earlier_reading_is_given() -> None:
+    earlier, later = (counters_from(_statistics(ns), METRICS) for ns in (10**9, 3 * 10**9))
+    added = later.since(earlier)
+    assert added.engine_s == {"upscaler": 2.0, "demo_denoiser": 0.0}
+    assert added.sequence_steps == 0
+
+
+def test_descendants_are_all_below_when_the_tree_branches() -> None:
+    parents = {2: 1, 3: 1, 4: 2, 5: 4, 9: 8}
+    assert sorted(descendants(2, parents)) == [2, 4, 5]
+
+
+def test_own_process_has_memory_and_parents_when_read() -> None:
+    assert parents_of_all()[os.getpid()] == os.getppid()
+    assert pss_bytes(os.getpid()) > 10 * 2**20  # Python with numpy is larger than that
+    assert pss_bytes(2**22 + 1) == 0  # past the largest process id
+
+
+def test_cpu_seconds_grow_when_the_process_works() -> None:
+    before_s = cpu_seconds(os.getpid())
+    started_s = time.process_time()
+    while time.process_time() - started_s < 0.1:
+        pass
+    assert cpu_seconds(os.getpid()) - before_s >= 0.05  # the kernel counts in ticks of 10 ms
+
+
+def test_memory_watch_sees_the_peak_when_it_is_over_before_the_end() -> None:
+    before = pss_bytes(os.getpid())
+    with MemoryWatch(pid=os.getpid()) as watch:
+        block = np.ones(64 << 20, np.uint8)
+        watch.sample()
+        del block
+    assert watch.peak_bytes - before > 50 << 20
+
+
+def test_machine_facts_are_read_when_the_kernel_gives_them() -> None:
+    assert processor_name("processor : 0\nmodel name\t: ACME Z 9\n") == "ACME Z 9"
+    assert processor_name("") == "unknown"
+    assert memory_bytes("MemTotal:       1024 kB\n") == 1 << 20
+    assert machine_kind({"processor": "ACME (R) Z 9", "cores": "2"}) == "acme-r-z-9-2-cores"
+
+
+def test_machine_is_described_without_its_name_when_results_are_written() -> None:
+    facts = " ".join(describe_machine().values())
+    assert os.uname().nodename not in facts
+    assert "/" not in facts

@@ -7,14 +7,29 @@ import numpy as np
 from closeup.conditioning import Guide
 from closeup.images import encode_image, pixels_from_floats, resize
 from closeup.noise import TorchNormal
+from closeup.request import Request
 from closeup.run import Array, Floats, Run, text_tensor
-from closeup.samplers import StepTable
+from closeup.samplers import StepTable, build_step_table
 from closeup.segments import SEGMENT
 
 PREVIEW_SIDE_PX = 256
 # The encoder's log-variance is clamped to this range before it is used.
 # Source: diffusers, models/autoencoders/vae.py, DiagonalGaussianDistribution.
 LOGVAR_RANGE = (-30.0, 20.0)
+
+
+def step_table(
+    request: Request, *, height: int, width: int, strength: float | None = None
+) -> StepTable:
+    """Return the steps of a picture of this size, px; see `closeup.samplers.build_step_table`."""
+    packed = request.model.facts.size_step_px
+    return build_step_table(
+        request.scheduler,
+        request.model.scheduler,
+        request.steps,
+        strength=strength,
+        image_tokens=(height // packed) * (width // packed) if request.model.facts.flow else None,
+    )
 
 
 async def encode_picture(run: Run, picture: Floats) -> tuple[Floats, Floats]:

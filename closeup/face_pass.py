@@ -18,7 +18,7 @@ from closeup.detection import (
     merge_detections,
     scale_faces,
 )
-from closeup.diffuse import decode_latents, denoise, encode_picture, sample_posterior
+from closeup.diffuse import decode_latents, denoise, encode_picture, sample_posterior, step_table
 from closeup.enlarge import enlarge
 from closeup.face_blend import blend_faces, differential_masks, face_mask, latent_mask
 from closeup.face_geometry import FaceCrop, extract
@@ -27,7 +27,7 @@ from closeup.images import floats_from_pixels
 from closeup.manifest import UpscalerManifest
 from closeup.noise import TorchNormal
 from closeup.run import Floats, Run, together
-from closeup.samplers import StepTable, build_step_table
+from closeup.samplers import StepTable
 
 Pixels = npt.NDArray[np.uint8]
 FaceReport = dict[str, Any]
@@ -107,10 +107,8 @@ def _plan(
 
 
 def _table(run: Run, plan: FacePlan) -> StepTable:
-    request = run.request
-    return build_step_table(
-        request.scheduler, request.model.scheduler, request.steps, strength=plan.strength
-    )
+    side = plan.work_px
+    return step_table(run.request, height=side, width=side, strength=plan.strength)
 
 
 def _idle(plan: FacePlan) -> FacePlan:

@@ -20,6 +20,7 @@ from closeup.diffuse import (
     denoise,
     encode_picture,
     sample_posterior,
+    step_table,
 )
 from closeup.enlarge import super_resolve_all
 from closeup.face_pass import FaceReport, inpaint_faces
@@ -28,7 +29,7 @@ from closeup.manifest import UpscalerManifest
 from closeup.noise import TorchNormal
 from closeup.request import Mode, Request
 from closeup.run import Array, Floats, Run, together
-from closeup.samplers import StepTable, build_step_table
+from closeup.samplers import StepTable
 from closeup.tokens import PromptTokenizer
 
 Pixels = npt.NDArray[np.uint8]
@@ -106,9 +107,7 @@ async def paint(run: Run, conditioning: Conditioning) -> list[Floats]:
         assert request.image is not None
         return [floats_from_pixels(request.image)] * request.num_images
     strength = None if request.mode is Mode.TEXT else request.strength
-    table = build_step_table(
-        request.scheduler, request.model.scheduler, request.steps, strength=strength
-    )
+    table = step_table(request, height=request.height, width=request.width, strength=strength)
     if len(table.timesteps) == 0:
         assert request.image is not None
         run.warn("denoising_strength times steps is below one step: nothing was done.")
@@ -188,9 +187,8 @@ async def repaint_lightly(
 ) -> list[Floats]:
     """`hires_fix`: image-to-image over the whole enlarged picture at low strength."""
     request = run.request
-    table = build_step_table(
-        request.scheduler, request.model.scheduler, request.steps, strength=request.hires_strength
-    )
+    height, width = pictures[0].shape[:2]
+    table = step_table(request, height=height, width=width, strength=request.hires_strength)
     if len(table.timesteps) == 0:
         run.warn("hires_denoising_strength times steps is below one step.")
         return pictures

@@ -31,6 +31,7 @@ from closeup.request_rules import (
     find_mode,
     wants_super_resolution,
 )
+from closeup.sampler_names import resolve_sampler_name
 from closeup.samplers import build_step_table, default_sampler
 
 Pixels = npt.NDArray[np.uint8]
@@ -113,10 +114,10 @@ def resolve_request(options: Options, *, served: Served, streaming: bool) -> Req
     image, mask, (width, height) = _canvas(options, mode, model, served.limits)
     facts, defaults = model.facts, model.defaults
     steps = int(_given(options, "steps", defaults.steps, facts.default_steps))
-    scheduler = str(
-        _given(options, "scheduler", defaults.scheduler, default_sampler(model.scheduler))
-    )
-    build_step_table(scheduler, model.scheduler, steps)  # refuses what the sampler cannot do
+    named = _given(options, "scheduler", defaults.scheduler, default_sampler(model.scheduler))
+    scheduler, note = resolve_sampler_name(str(named), flow=facts.flow)
+    # Refuses what the sampler cannot do; the number of tokens only moves the noise levels.
+    build_step_table(scheduler, model.scheduler, steps, image_tokens=1 if facts.flow else None)
     return Request(
         mode=mode,
         model=model,
@@ -145,7 +146,7 @@ def resolve_request(options: Options, *, served: Served, streaming: bool) -> Req
         raw=options.get("response_encoding") == "raw",
         stages=bool(options.get("stages", False)),
         previews=bool(options.get("previews", False)),
-        warnings=_warnings(options, model),
+        warnings=_warnings(options, model, note),
     )
 
 
@@ -158,8 +159,8 @@ def _cfg_scale(options: Options, model: ModelManifest) -> float:
     return float(_given(options, "cfg_scale", model.defaults.cfg_scale, family))
 
 
-def _warnings(options: Options, model: ModelManifest) -> tuple[str, ...]:
-    warnings = []
+def _warnings(options: Options, model: ModelManifest, note: str | None) -> tuple[str, ...]:
+    warnings = [note] if note else []
     if options.get("inpaint_faces") and options.get("super_resolution") is False:
         warnings.append("inpaint_faces turned super_resolution on.")
     if options.get("image_format", DEFAULT_FORMAT) == "png" and "image_quality" in options:

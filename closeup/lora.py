@@ -13,8 +13,9 @@ and Young 1936 for the approximation.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -117,26 +118,47 @@ def layer_starts(layout: LoraLayout) -> npt.NDArray[np.int64]:
     return np.cumsum([0, *sizes[:-1]], dtype=np.int64)
 
 
-def balanced_rows(rows: Floats, layout: LoraLayout) -> Floats:
+def balanced_rows(
+    rows: Floats, layout: LoraLayout, dtype: npt.DTypeLike = np.float32
+) -> npt.NDArray[Any]:
     """Return the same LoRA with A and B of equal size, for a bank of float16.
 
     The scale folded into B often makes its values subnormal in half precision. Every column of A
     is multiplied with a power of two, that of B divided by it, so that their largest values come
-    within a factor of two: exact, and the product stays the same.
+    within a factor of two: exact before the conversion, and the product stays the same.
 
     Args:
         rows: (M, r) float32.
         layout: of the bank.
+        dtype: of the result. What is beyond its range becomes infinite or zero.
     """
-    starts = layer_starts(layout)
-    peaks = np.maximum.reduceat(np.abs(rows), starts, axis=0).reshape(-1, 2, rows.shape[1])
-    down, up = peaks[:, 0], peaks[:, 1]
-    both = (down > 0) & (up > 0)
-    ratio = np.log2(np.where(both, up, 1)) - np.log2(np.where(both, down, 1))
-    shift = np.round(ratio / 2).astype(np.int32)
-    shifts = np.stack([shift, -shift], 1).reshape(len(starts), -1)
-    sizes = np.diff(np.append(starts, len(rows)))
-    return np.ldexp(rows, np.repeat(shifts, sizes, axis=0))
+    balanced = np.empty(rows.shape, dtype)
+    # Layer by layer: whole arrays of this size would be written to memory several times over.
+    for start, middle, end in _layer_bounds(layout):
+        down, up = rows[start:middle], rows[middle:end]
+        down_peak, up_peak = _peaks(down), _peaks(up)
+        both = (down_peak > 0) & (up_peak > 0)
+        ratio = np.log2(np.where(both, up_peak, 1)) - np.log2(np.where(both, down_peak, 1))
+        shift = np.round(ratio / 2).astype(np.int32)
+        with np.errstate(over="ignore", under="ignore"):
+            balanced[start:middle] = np.ldexp(down, shift)
+            balanced[middle:end] = np.ldexp(up, -shift)
+    return balanced
+
+
+def _peaks(rows: Floats) -> Floats:
+    peaks: Floats = np.maximum(rows.max(0), -rows.min(0))
+    return peaks
+
+
+def _layer_bounds(layout: LoraLayout) -> Iterator[tuple[int, int, int]]:
+    """First row of A, first row of B and the end, of each layer."""
+    start = 0
+    for layer in layout.layers:
+        middle = start + layer.in_features
+        end = middle + layer.out_features
+        yield start, middle, end
+        start = end
 
 
 def pack_factors(
@@ -206,11 +228,11 @@ def _compressed(item: Factors, limit: int) -> tuple[Factors, float, float]:
 def _scaled(rows: Floats, weight: float, layout: LoraLayout) -> Floats:
     if weight == 1:
         return rows
-    starts = layer_starts(layout)
-    factors = np.tile(np.array([1, weight], np.float32), len(layout.layers))
-    sizes = np.diff(np.append(starts, len(rows)))
+    scaled = rows.copy()
     with np.errstate(over="ignore"):
-        return rows * np.repeat(factors, sizes)[:, None]
+        for _, middle, end in _layer_bounds(layout):
+            scaled[middle:end] *= np.float32(weight)
+    return scaled
 
 
 def _concatenated(

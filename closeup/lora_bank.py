@@ -290,5 +290,4 @@ class LoraBank:
         dtype = self._arrays[network].dtype
         if dtype == np.float32:
             return weights.rows
-        with np.errstate(over="ignore", under="ignore"):  # overflow: in this adapter's row alone
-            return balanced_rows(weights.rows, self._layouts[network]).astype(dtype)
+        return balanced_rows(weights.rows, self._layouts[network], dtype)

@@ -16,11 +16,13 @@ from typing import NamedTuple
 
 from closeup.errors import RequestError
 from closeup.lora import Lora
+from closeup.lora_files import UnreadableError
 from closeup.lora_read import Layouts, read_lora
 from closeup.prompt import is_lora_id
 
 SUFFIX = ".safetensors"
 _NAMES_IN_MESSAGE = 5
+_REFUSALS_KEPT = 256
 
 
 class FileVersion(NamedTuple):
@@ -91,6 +93,7 @@ class LoraStore:
         self._byte_limit = byte_limit
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._held_bytes = 0
+        self._refused: OrderedDict[str, tuple[FileVersion, dict[str, str]]] = OrderedDict()
         self._hits = self._misses = self._evictions = 0
         self._lock = threading.Lock()  # of the fields above; never held while a file is read
         self._loading: dict[str, threading.Lock] = {}
@@ -150,7 +153,8 @@ class LoraStore:
 
         Raises:
             RequestError: unknown id, or a file that cannot be used (see
-                `closeup.lora_read.read_lora`); nothing is kept of it.
+                `closeup.lora_read.read_lora`). Of such a file the sentence is kept, so that it
+                is read again only when it has changed.
         """
         self.version(lora_id)
         held = self._held_version(lora_id)
@@ -188,7 +192,15 @@ class LoraStore:
         if found is None:
             raise RequestError({"prompt": self._unknown(lora_id)})
         path, version = found  # taken before reading: a later write shows as another version
-        lora = read_lora(path, self._layouts, name=lora_id)
+        with self._lock:
+            refused = self._refused.get(lora_id)
+        if refused is not None and refused[0] == version:
+            raise RequestError(refused[1])
+        try:
+            lora = read_lora(path, self._layouts, name=lora_id)
+        except RequestError as error:
+            self._refuse(lora_id, version, error)
+            raise
         with self._lock:
             self._misses += 1
             self._drop(lora_id)
@@ -199,6 +211,14 @@ class LoraStore:
                 self._drop(next(iter(self._held)))
                 self._evictions += 1
         return lora
+
+    def _refuse(self, lora_id: str, version: FileVersion, error: RequestError) -> None:
+        if isinstance(error.__cause__, UnreadableError):  # may pass without a change of the file
+            return
+        with self._lock:
+            self._refused[lora_id] = version, error.problems
+            while len(self._refused) > _REFUSALS_KEPT:
+                self._refused.popitem(last=False)
 
     def _drop(self, lora_id: str) -> None:
         held = self._held.pop(lora_id, None)

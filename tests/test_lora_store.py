@@ -144,6 +144,44 @@ def test_load_keeps_nothing_when_the_file_is_damaged(folder: Path) -> None:
     assert store.counters().misses == 1
 
 
+def test_load_reads_a_refused_file_again_only_when_it_has_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+
+    def counted(path: Path, layouts: Layouts, *, name: str | None = None) -> Any:
+        reads.append(name)
+        return read_lora(path, layouts, name=name)
+
+    monkeypatch.setattr(closeup.lora_store, "read_lora", counted)
+    store = _store(folder)
+    path = folder / "a.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    for _ in range(3):
+        with pytest.raises(RequestError, match="the LoRA 'a' is truncated"):
+            store.load("a")
+    assert reads == ["a"]
+    path.write_bytes(good)
+    assert store.load("a").name == "a"
+    assert reads == ["a", "a"]
+
+
+def test_load_reads_again_when_a_file_could_not_be_opened(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = _store(folder)
+
+    def denied(path: Path, mode: str) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", denied)
+        with pytest.raises(RequestError, match="cannot be read \\(Permission denied\\)"):
+            store.load("a")
+    assert store.load("a").name == "a"
+
+
 class _Gate:
     """Replaces `read_lora`; reading `held` waits until it is opened."""
 

@@ -42,6 +42,7 @@ from export.repository import (
     open_staging,
     stamp_text,
 )
+from export.single_file import converted_folder
 from export.tokenizing import write_tokenizer
 from export.upscalers import load_upscaler
 
@@ -74,6 +75,19 @@ def export_pipeline(
             staging.publish()
             add_to_index(options.repository, options.name)
     return manifest
+
+
+def export_single_file(
+    options: ExportOptions, facts: ModelFacts, fingerprint: str
+) -> ModelManifest:
+    """Export a checkpoint that is one file into the repository.
+
+    Raises:
+        ExportError: as `export_pipeline`, or it cannot be converted.
+    """
+    path = Path(options.model)
+    with converted_folder(path, options.config, options.precision, options.repository) as folder:
+        return export_pipeline(options, folder, facts, fingerprint)
 
 
 def export_upscaler(path: Path, repository: Path, fingerprint: str) -> UpscalerManifest:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -407,6 +410,61 @@ def test_metric_values_follow_the_loras_when_they_come_and_go(open_denoiser: Ope
         "closeup_lora_rows_resident": 2,
         "closeup_lora_rows_in_use": 1,
     }
+
+
+class _Family:
+    """Triton's metrics as far as the model uses them; every change is noted."""
+
+    COUNTER, GAUGE = "counter", "gauge"
+    values: ClassVar[dict[str, float]] = {}
+    changes: ClassVar[list[str]] = []
+
+    def __init__(self, *, name: str, description: str, kind: str) -> None:
+        assert description
+        assert (kind == self.COUNTER) == name.endswith("_total")
+        self.name, self.kind = name, kind
+
+    def Metric(self, *, labels: Mapping[str, str]) -> _Family:  # noqa: N802 - Triton's name
+        assert labels == {"model": "toy_denoiser"}
+        self.values[self.name] = 0.0
+        return self
+
+    def increment(self, amount: float) -> None:
+        assert self.kind == self.COUNTER
+        assert amount > 0
+        self.changes.append(self.name)
+        self.values[self.name] += amount
+
+    def set(self, value: float) -> None:
+        assert self.kind == self.GAUGE
+        self.changes.append(self.name)
+        self.values[self.name] = value
+
+
+def test_triton_metrics_follow_the_values_when_some_change(
+    open_denoiser: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = types.ModuleType("triton_python_backend_utils")
+    backend.MetricFamily = _Family  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
+    for name in ("closeup.triton_glue", "closeup.denoiser_model"):  # not kept with this backend
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.delitem(sys.modules, name)
+    model = importlib.import_module("closeup.denoiser_model")
+    denoiser = open_denoiser(_manifest())
+    metrics = model._Metrics("toy_denoiser", denoiser)
+    assert _Family.values == metric_values(denoiser)
+    _Family.changes.clear()
+    metrics.publish()
+    assert _Family.changes == []
+    ticket = _acquire(denoiser, "both")
+    metrics.publish()
+    assert _Family.values == metric_values(denoiser)
+    _start(denoiser, "release", ticket=ticket).result(20)
+    _Family.changes.clear()
+    metrics.publish()
+    assert sorted(_Family.changes) == ["closeup_lora_rows_in_use", "closeup_slots_in_use"]
+    assert _Family.values == metric_values(denoiser)
 
 
 def test_close_answers_prompts_that_still_wait(

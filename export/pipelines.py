@@ -54,6 +54,7 @@ def load_component(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ExportError(f"{folder / part} cannot be loaded: {reason}") from error
+    _refuse_overflow(module, folder / part, dtype)
     return module.eval().requires_grad_(False)
 
 
@@ -89,6 +90,18 @@ def refuse_pickles(folder: Path, layout: PipelineLayout) -> None:
             raise ExportError(
                 f"{folder / part} has no .safetensors file: pickled weights are not loaded, since "
                 "opening them can run code; save the pipeline with safe_serialization=True."
+            )
+
+
+def _refuse_overflow(module: torch.nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Refuse bfloat16 or float32 weights that are too large for float16."""
+    if dtype is not torch.float16:
+        return
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ExportError(
+                f"{folder}: {name} has values that float16 cannot hold; export with "
+                "--precision fp32."
             )
 
 

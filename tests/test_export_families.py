@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,25 @@ import numpy.typing as npt
 import onnx
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionXLPipeline
+from google.protobuf import text_format
 from transformers import CLIPTokenizer, T5TokenizerFast
+from tritonclient.grpc import model_config_pb2
 
 from closeup.errors import ExportError
 from closeup.manifest import ModelManifest, read_models
 from closeup.tokens import PromptTokenizer
 from export import graphs, parts
-from export.__main__ import main
+from export.__main__ import main, parse_options
 from export.graphs import open_session
 from export.layouts import FLUX_LAYOUT, SD15_LAYOUT, SDXL_LAYOUT, layout_of
-from export.options import Precision
+from export.options import (
+    ModelFacts,
+    Precision,
+    hash_file,
+    pipeline_fingerprint,
+    resolve_folder,
+)
 from export.parts import DENOISER, Part, build_graph, check_large_part, export_part
 from export.pipelines import load_component
 from tests.step_reference import fuse, relative
@@ -120,13 +129,13 @@ def test_sdxl_encoders_give_the_pipelines_embeddings(sdxl: Exported, prompt: str
     pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl.pipeline)
     with torch.no_grad():
         context, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
-    found = [sdxl.encode(e.name, sdxl_ids(sdxl, e.name, prompt)) for e in sdxl.manifest.encoders]
+    found = [sdxl.encode(e.name, ids_of(sdxl, e.name, prompt)) for e in sdxl.manifest.encoders]
     joined = np.concatenate([result["context"] for result in found], -1)
     assert relative(joined, context.numpy()) < CLOSE
     assert relative(found[1]["pooled"], pooled.numpy()) < CLOSE
 
 
-def sdxl_ids(exported: Exported, name: str, prompt: str) -> torch.Tensor:
+def ids_of(exported: Exported, name: str, prompt: str) -> torch.Tensor:
     manifest = exported.manifest
     encoder = next(entry for entry in manifest.encoders if entry.name == name)
     tokenizer = PromptTokenizer(encoder.tokenizer, exported.repository / manifest.denoiser)
@@ -139,7 +148,7 @@ def test_flux_encoders_give_the_pipelines_embeddings(flux: Exported, prompt: str
     with torch.no_grad():
         context, pooled, _ = pipeline.encode_prompt(prompt, prompt_2=None)
     found = {
-        e.name: flux.encode(e.name, sdxl_ids(flux, e.name, prompt)) for e in flux.manifest.encoders
+        e.name: flux.encode(e.name, ids_of(flux, e.name, prompt)) for e in flux.manifest.encoders
     }
     assert context.shape == (1, 512, T5_CONTEXT)
     assert relative(found["text_encoder_2"]["context"], context.numpy()) < CLOSE
@@ -156,7 +165,7 @@ def test_flux_tokenizers_give_the_pipelines_ids(flux: Exported, prompt: str) -> 
         t5(prompt, max_length=512, **options).input_ids,
     ]
     for encoder, ids in zip(flux.manifest.encoders, expected, strict=True):
-        assert sdxl_ids(flux, encoder.name, prompt)[0].tolist() == ids
+        assert ids_of(flux, encoder.name, prompt)[0].tolist() == ids
 
 
 def test_text_encoder_equals_fused_weights_when_a_lora_is_used(sdxl: Exported) -> None:
@@ -166,7 +175,7 @@ def test_text_encoder_equals_fused_weights_when_a_lora_is_used(sdxl: Exported) -
     model = load_component(sdxl.pipeline, SDXL_LAYOUT, encoder.name, torch.float32)
     draw = np.random.default_rng(0)
     bank = 0.1 * draw.standard_normal((3, encoder.lora.rows, 2)).astype(np.float32)
-    ids = torch.cat([sdxl_ids(sdxl, encoder.name, text) for text in (PROMPT, "a man")])
+    ids = torch.cat([ids_of(sdxl, encoder.name, text) for text in (PROMPT, "a man")])
     rows = np.array([2, 1])
     session = open_session(sdxl.repository / manifest.denoiser / "1" / "text_encoder_2.onnx")
     inputs = {"input_ids": ids.numpy(), "lora": bank, "lora_row": rows}
@@ -291,3 +300,49 @@ def test_load_component_takes_the_only_variant_there_is(tmp_path: Path) -> None:
         shutil.move(file, file.with_name(f"{file.stem}.fp16.safetensors"))
         module = load_component(folder, SD15_LAYOUT, part, torch.float32)
         assert next(module.parameters()).dtype == torch.float32
+
+
+def test_load_component_refuses_when_weights_overflow_float16(tmp_path: Path) -> None:
+    folder = write_tiny_pipeline(tmp_path / "pipeline")
+    unet = load_component(folder, SD15_LAYOUT, "unet", torch.float32)
+    unet.get_parameter("conv_in.weight").fill_(1e5)
+    unet.save_pretrained(folder / "unet")  # type: ignore[operator]
+    with pytest.raises(ExportError, match=r"conv_in.weight has values that float16 cannot hold"):
+        load_component(folder, SD15_LAYOUT, "unet", torch.float16)
+
+
+def test_served_text_encoders_config_names_its_tensors(flux: Exported) -> None:
+    text = (flux.repository / "tiny_text_encoder_2" / "config.pbtxt").read_text(encoding="utf-8")
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    assert (config.backend, config.max_batch_size) == ("onnxruntime", 4)
+    assert [(t.name, list(t.dims)) for t in config.input] == [("input_ids", [512])]
+    assert [(t.name, list(t.dims)) for t in config.output] == [("context", [512, T5_CONTEXT])]
+    assert not (flux.repository / "tiny_text_encoder").exists()
+
+
+def test_export_takes_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_tiny_pipeline(tmp_path / "pipeline")
+    snapshot = write_hub_cache(folder, tmp_path / "hub" / "models--owner--name")
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: str(snapshot))
+    found = resolve_folder("owner/name")
+    options = parse_options(["--model", "owner/name", "--name", "tiny"])
+    assert layout_of(found) is SD15_LAYOUT
+    assert pipeline_fingerprint(options, found, ModelFacts()) == pipeline_fingerprint(
+        options, folder, ModelFacts()
+    )
+    for part in SD15_LAYOUT.components:
+        load_component(found, SD15_LAYOUT, part, torch.float32)
+
+
+def write_hub_cache(folder: Path, cache: Path) -> Path:
+    """Lay a folder out as the hub's cache does: blobs, and a snapshot of links to them."""
+    snapshot = cache / "snapshots" / "0123abcd"
+    (cache / "blobs").mkdir(parents=True)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            blob = cache / "blobs" / hash_file(path)
+            shutil.copy(path, blob)
+            link = snapshot / path.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot

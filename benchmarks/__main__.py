@@ -20,6 +20,7 @@ from benchmarks.throughput import measure_throughput
 from benchmarks.whole_request import measure_whole_request
 from closeup.engines import count_threads
 
+SD15_REPEATS = 3
 KINDS = ("whole", "overhead", "throughput", "memory")
 OVERHEAD_LIMIT = {"demo": 0.08, "sd15": 0.03}
 MEMORY_LIMIT = {"demo": None, "sd15": 1.8}
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subject = demo_subject(options.weights, options.repository)
         sections += measure(subject, kinds, repeats=options.repeats)
     if options.sd15:
-        sections += measure(sd15_subject(options.weights), kinds, repeats=3)
+        sections += measure(sd15_subject(options.weights), kinds, repeats=SD15_REPEATS)
     if not options.no_write:
         write_report(sections, machine)
     return 0 if all(verdict.met for section in sections for verdict in section.verdicts) else 1
@@ -69,7 +70,11 @@ def measure(subject: Subject, kinds: Sequence[str], *, repeats: int) -> list[Sec
             compare(subject, server, kinds, found, threads=threads, repeats=repeats)
         if "overhead" in kinds:
             limit = OVERHEAD_LIMIT[subject.name]
-            found(measure_overhead(subject, server, repeats=repeats, limit=limit))
+            found(
+                measure_overhead(
+                    subject, server, repeats=repeats, warm_ups=subject.warm_ups, limit=limit
+                )
+            )
         if "throughput" in kinds and subject.name == "demo":
             found(measure_throughput(subject, server, repeats=min(repeats, 3)))
     return sections
@@ -90,7 +95,11 @@ def compare(
     policy = faster_wait_policy(subject, threads=threads, out=out / "eager.png")
     with EagerProcess(subject, threads=threads, wait_policy=policy) as eager:
         if "whole" in kinds:
-            found(measure_whole_request(subject, server, eager, repeats=repeats, out=out))
+            found(
+                measure_whole_request(
+                    subject, server, eager, repeats=repeats, warm_ups=subject.warm_ups, out=out
+                )
+            )
         if "memory" in kinds:
             limit = MEMORY_LIMIT[subject.name]
             found(measure_memory(subject, server, eager, out=out, limit=limit))

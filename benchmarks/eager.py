@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from closeup.detection import (
     merge_detections,
     scale_faces,
 )
-from closeup.face_blend import blend_pixels, differential_masks, face_mask, latent_mask
-from closeup.face_geometry import extract
+from closeup.face_blend import blend_faces, differential_masks, face_mask, latent_mask
+from closeup.face_geometry import FaceCrop, extract
+from closeup.face_pass import MAX_FACTOR, PATCH_FACTORS
 from closeup.faces import FaceAction, FacePlan, plan_faces
 from closeup.images import encode_image, floats_from_pixels, pixels_from_floats
 from closeup.info import picture_parameters
@@ -104,7 +105,7 @@ class EagerGraph:
         faces = 0
         if request.super_resolution:
             with self._stage("super_resolution"):
-                pictures = [self._enlarge(picture) for picture in pictures]
+                pictures = [self._enlarge(p, sr_factor(*p.shape[:2])) for p in pictures]
         pixels = [pixels_from_floats(picture) for picture in pictures]
         if request.inpaint_faces:
             with self._stage("detect"):
@@ -112,8 +113,7 @@ class EagerGraph:
             with self._stage("faces"):
                 for index, seed in enumerate(request.seeds):
                     factor = pixels[index].shape[0] / originals[index].shape[0]
-                    plans = self._plan(request, scale_faces(found[index], factor),
-                                       pixels[index], seed)  # fmt: skip
+                    plans = self._plan(request, found[index], pixels[index], seed, factor)
                     faces += len(plans)
                     pixels[index] = self._repaint(
                         request, pixels[index], plans, negative, face_prompt
@@ -161,7 +161,7 @@ class EagerGraph:
             raise ValueError(f"scheduler is {name!r}; expected one of {', '.join(SCHEDULERS)}.")
         return getattr(diffusers, SCHEDULERS[name]).from_config(self._own_scheduler.config)
 
-    def _enlarge(self, picture: Floats) -> Floats:
+    def _enlarge(self, picture: Floats, factor: int) -> Floats:
         async def infer(tiles: Floats) -> Floats:
             enlarged: Floats = self._upscaler.network(torch.from_numpy(tiles)).numpy()
             return enlarged
@@ -171,7 +171,7 @@ class EagerGraph:
                 picture,
                 infer=infer,
                 scale=self._upscaler.scale,
-                factor=sr_factor(picture.shape[0], picture.shape[1]),
+                factor=factor,
                 tile=self._upscaler.tile_px,
                 overlap=self._upscaler.overlap_px,
                 max_batch=4,
@@ -189,15 +189,16 @@ class EagerGraph:
         return merge_detections(*looks)
 
     def _plan(
-        self, request: Request, faces: list[Face], pixels: Pixels, seed: int
+        self, request: Request, faces: list[Face], pixels: Pixels, seed: int, factor: float
     ) -> list[FacePlan]:
         plans = plan_faces(
-            faces,
+            scale_faces(faces, factor),
             image_size=(pixels.shape[0], pixels.shape[1]),
             work_px=request.model.native_px,
             options=request.faces,
             seed=seed,
             crop_factor=request.model.face_crop_factor,
+            enlarged=factor,
         )
         return [plan for plan in plans if plan.action is FaceAction.REPAINT]
 
@@ -221,10 +222,16 @@ class EagerGraph:
                 painted = self._repaint_group(request, picture, members, steps, negative, prompt)
                 patches.update({plan.index: patch for plan, patch in
                                 zip(members, painted, strict=True)})  # fmt: skip
-        for plan in plans:
-            if plan.index in patches:
-                pixels = blend_pixels(pixels, patches[plan.index], plan.crop, face_mask(plan))
-        return pixels
+        fitted = [self._fit(patches[plan.index], plan) for plan in plans if plan.index in patches]
+        return blend_faces(pixels, fitted) if fitted else pixels
+
+    def _fit(self, patch: Floats, plan: FacePlan) -> tuple[Floats, FaceCrop, Floats]:
+        """Enlarge a patch that is to cover more pixels than the model paints."""
+        factor = next((f for f in PATCH_FACTORS if f * plan.work_px >= plan.crop.side), MAX_FACTOR)
+        if factor > 1:
+            patch = self._enlarge(patch, factor)
+            plan = replace(plan, work_px=factor * plan.work_px)
+        return patch, plan.crop, face_mask(plan)
 
     def _repaint_group(
         self,

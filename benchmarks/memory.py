@@ -10,7 +10,6 @@ from benchmarks.results import Section, Verdict
 from benchmarks.serving import Serving
 from benchmarks.subjects import Subject
 
-REQUESTS = 2
 _MIB = 2**20
 
 
@@ -27,10 +26,10 @@ def measure_memory(
         limit: target for the ratio; None has none.
     """
     with MemoryWatch(pid=server.pid) as ours:
-        for _ in range(REQUESTS):
+        for _ in range(subject.memory_requests):
             server.run(subject.fields)
     with MemoryWatch(pid=eager.pid) as theirs:
-        for _ in range(REQUESTS):
+        for _ in range(subject.memory_requests):
             eager.run(subject.fields, out / "eager.png")
     ratio = ours.peak_bytes / theirs.peak_bytes
     rows = [(name, f"{size / _MIB:.0f}") for name, size in sorted(ours.at_peak.items())]
@@ -46,7 +45,7 @@ def measure_memory(
         rows=tuple(rows),
         verdicts=verdicts,
         notes=(
-            "Sampled every 0.1 s during two requests. PSS counts a shared page once, in equal "
-            "parts; a process's row is its size when the sum was largest.",
+            f"Sampled every 0.1 s during {subject.memory_requests} request(s). PSS counts a shared "
+            "page once, in equal parts; a process's row is its size when the sum was largest.",
         ),
     )

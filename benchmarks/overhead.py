@@ -8,22 +8,23 @@ from benchmarks.results import Section, Verdict
 from benchmarks.serving import Counters, Serving
 from benchmarks.subjects import Subject
 
-WARM_UPS = 2
 
-
-def measure_overhead(subject: Subject, server: Serving, *, repeats: int, limit: float) -> Section:
+def measure_overhead(
+    subject: Subject, server: Serving, *, repeats: int, warm_ups: int, limit: float
+) -> Section:
     """Measure it.
 
     Args:
         subject: what the server has loaded.
         server: idle but for this.
         repeats: requests measured.
+        warm_ups: requests before them.
         limit: target for the share of the client's wall time that no engine was running.
     """
     shares: list[float] = []
     walls: list[float] = []
     added: list[Counters] = []
-    for repeat in range(-WARM_UPS, repeats):
+    for repeat in range(-warm_ups, repeats):
         before = server.counters()
         run = server.run(subject.fields)
         spent = server.counters().since(before)

@@ -30,6 +30,8 @@ class Subject:
         face_detector: weights file.
         repository: the exported models.
         fields: the request that is timed.
+        warm_ups: requests before the timed ones.
+        memory_requests: requests during which memory is watched.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Subject:
     face_detector: Path
     repository: Path
     fields: dict[str, Any]
+    warm_ups: int = 2
+    memory_requests: int = 2
 
     def export(self) -> None:
         """Write the repository; quick when nothing has changed.
@@ -98,4 +102,6 @@ def sd15_subject(weights: Path = WEIGHTS) -> Subject:
             "w": 512,
             "h": 512,
         },
+        warm_ups=0,  # a request takes a minute and more
+        memory_requests=1,
     )

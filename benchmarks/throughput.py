@@ -21,7 +21,7 @@ from closeup.settings import Settings
 REQUESTS = 8
 TICKS_LIMIT = 2
 NEWCOMERS = 16
-LONG_STEPS = 200
+LONG_STEPS = 100
 
 
 def measure_throughput(subject: Subject, server: Serving, *, repeats: int) -> Section:
@@ -101,7 +101,7 @@ async def _join(denoiser: Denoiser, context_width: int) -> list[int]:
         before = denoiser.counters.engine_calls
         await run(1)
         ticks.append(denoiser.counters.engine_calls - before)
-    long.cancel()
+    await long
     return ticks
 
 

@@ -17,7 +17,6 @@ from benchmarks.results import Section, Verdict
 from benchmarks.serving import Serving
 from benchmarks.subjects import Subject
 
-WARM_UPS = 2
 RATIO_LIMIT = 0.9
 # The two sides round differently and nothing else: 80 dB. One step too many gives about 30 dB.
 PSNR_LIMIT_DB = 40.0
@@ -31,7 +30,13 @@ class _Sample:
 
 
 def measure_whole_request(
-    subject: Subject, server: Serving, eager: EagerProcess, *, repeats: int, out: Path
+    subject: Subject,
+    server: Serving,
+    eager: EagerProcess,
+    *,
+    repeats: int,
+    warm_ups: int,
+    out: Path,
 ) -> Section:
     """Compare the two sides.
 
@@ -40,13 +45,14 @@ def measure_whole_request(
         server: ours.
         eager: theirs.
         repeats: pairs of measured requests.
+        warm_ups: pairs before them.
         out: folder for both sides' pictures.
     """
     out.mkdir(parents=True, exist_ok=True)
     ours: list[_Sample] = []
     theirs: list[_Sample] = []
     faces = 0
-    for repeat in range(-WARM_UPS, repeats):
+    for repeat in range(-warm_ups, repeats):
         with timed_cpu(server.pid) as spent:
             answer = server.run(subject.fields)
         ours.append(_Sample(wall_s=answer.wall_s, cpu_s=spent["cpu_s"],
@@ -55,10 +61,10 @@ def measure_whole_request(
             other = eager.run(subject.fields, out / "eager.png")
         theirs.append(_Sample(wall_s=other.wall_s, cpu_s=spent["cpu_s"],
                               timings_ms=other.timings_ms))  # fmt: skip
-        if repeat == -WARM_UPS:
+        if repeat == 0:
             (out / "server.png").write_bytes(answer.result.images[0])
             faces = sum(face["action"] == "repaint" for face in answer.result.faces())
-    del ours[:WARM_UPS], theirs[:WARM_UPS]
+    del ours[:warm_ups], theirs[:warm_ups]
     agreement_db = psnr_db(_pixels(out / "server.png"), _pixels(out / "eager.png"))
     wall = compare_pairs([s.wall_s for s in ours], [s.wall_s for s in theirs])
     cpu = compare_pairs([s.cpu_s for s in ours], [s.cpu_s for s in theirs])
@@ -72,7 +78,7 @@ def measure_whole_request(
                     limit=PSNR_LIMIT_DB, at_least=True),
         ),
         notes=(
-            f"Medians of {repeats} requests on each side, taken in turns after {WARM_UPS} "
+            f"Medians of {repeats} requests on each side, taken in turns after {warm_ups} "
             f"warm-ups; ratios are medians of neighbours (quartiles of the whole request "
             f"{wall.spread[0]:.2f} to {wall.spread[1]:.2f}). {faces} face(s) repainted; "
             f"eager ran with OMP_WAIT_POLICY={eager.wait_policy}, the faster of active and "

@@ -122,7 +122,6 @@ class StepBatcher:
         run: the engine, feeds -> outputs; called from the worker thread only.
         max_batch: sequences in one call.
         loras: the resident LoRA bank; None when the engine has no LoRA inputs.
-        on_tick: called after each engine call with (sequences, seconds).
     """
 
     def __init__(
@@ -131,13 +130,11 @@ class StepBatcher:
         *,
         max_batch: int,
         loras: LoraSource | None = None,
-        on_tick: Callable[[int, float], None] | None = None,
     ) -> None:
         self.counters = BatchCounters()
         self._run = run
         self._max_batch = max_batch
         self._loras = loras
-        self._on_tick = on_tick
         self._active: list[_Running] = []
         self._wake = threading.Condition()
         self._closed = False
@@ -246,8 +243,6 @@ class StepBatcher:
         self.counters.sequence_steps += len(batch)
         self.counters.engine_s += elapsed_s
         self.counters.largest_batch = max(self.counters.largest_batch, len(batch))
-        if self._on_tick is not None:
-            self._on_tick(len(batch), elapsed_s)
         return outputs
 
     def _advance(self, running: _Running, sample: Array, memory: Array) -> None:

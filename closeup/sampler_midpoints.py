@@ -104,8 +104,8 @@ def _build_midpoints(
 def split_ancestral(sigma: float, sigma_next: float) -> tuple[float, float]:
     """The level that an ancestral step goes down to, and the noise that takes it up again.
 
-    The reference gets the lower level as a difference in float32, which on long steps has few
-    correct digits (with two or three steps it can be NaN); this is the same in closed form.
+    The reference gets the lower level as a difference in float32, which has few correct digits on
+    long steps; this is the same in closed form.
     """
     sigma_up = sigma_next * np.sqrt(sigma**2 - sigma_next**2) / sigma
     return sigma_next**2 / sigma, float(sigma_up)

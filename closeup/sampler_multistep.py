@@ -7,6 +7,7 @@ what is remembered.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,9 +74,10 @@ def _corrector(
     m0 = -u.alpha_t * u.h_phi_1
     if _unipc_order(schedule, i, history, options) == 1:
         return u.sigma_ratio, m0 - 0.5 * scale, 0.0, 0.5 * scale
-    rho_1, rho_t = np.linalg.solve([[1.0, 1.0], [u.r, 1.0]], u.b)
-    before = scale * float(rho_1) / u.r
-    ahead = scale * float(rho_t)
+    # The paper's linear system for (rho_1, rho_t): rows (1, 1) and (r, 1), right side b.
+    rho_1 = (u.b[1] - u.b[0]) / (u.r - 1)
+    before = scale * rho_1 / u.r
+    ahead = scale * (u.b[0] - rho_1)
     return u.sigma_ratio, m0 - before - ahead, before, ahead
 
 
@@ -135,11 +137,13 @@ def _deis_order(schedule: Schedule, i: int, history: int, options: SchedulerOpti
 
 def _integrate_basis(nodes: Floats, j: int, end: float) -> float:
     """Integral over rho, from nodes[0] to end in log rho, of Lagrange's polynomial j in log rho."""
-    polynomial = np.poly1d([1.0])
-    for k, node in enumerate(nodes):
-        if k != j:
-            polynomial = polynomial * np.poly1d([1.0, -node]) / (nodes[j] - node)
-    # The antiderivative of p(u) e^u is (p - p' + p'' - ...) e^u.
-    antiderivative = polynomial - polynomial.deriv(1) + polynomial.deriv(2)
-    start = float(nodes[0])
-    return float(antiderivative(end) * np.exp(end) - antiderivative(start) * np.exp(start))
+    others = [float(node) for k, node in enumerate(nodes) if k != j]
+    scale = math.prod(float(nodes[j]) - node for node in others)
+
+    def antiderivative(u: float) -> float:
+        """Of p(u) e^u, which is (p - p' + p'') e^u for p of degree 2 at most."""
+        factors = [u - node for node in others]
+        slope, bend = [(0.0, 0.0), (1.0, 0.0), (sum(factors), 2.0)][len(factors)]
+        return (math.prod(factors) - slope + bend) * math.exp(u)
+
+    return (antiderivative(end) - antiderivative(float(nodes[0]))) / scale

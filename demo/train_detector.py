@@ -1,6 +1,6 @@
 """Train the demo's face detector on drawn pictures, as drawn and as the generator would blur them.
 
-``python -m demo.train_detector --run demo/runs/detector --pictures demo/cache/train``
+``python -m demo.train_detector``
 
 Nearly half of its pictures have passed through the VAE (and, when the folder ``--redrawn`` exists,
 through the UNet too), since that is what it sees in service.
@@ -214,7 +214,7 @@ def _overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_run_arguments(parser, steps=2500, batch=32)
+    add_run_arguments(parser, run="detector", steps=2500, batch=32)
     parser.add_argument("--pictures", type=Path, default=CACHE / "train")
     parser.add_argument("--redrawn", type=Path, default=CACHE / "redrawn")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "face_detector.safetensors")

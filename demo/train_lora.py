@@ -108,8 +108,7 @@ def export_lora(unet: Any, rank: int, path: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_run_arguments(parser, steps=400, batch=8)
-    parser.set_defaults(run=Path(__file__).resolve().parent / "runs" / "lora")
+    add_run_arguments(parser, run="lora", steps=400, batch=8)
     parser.add_argument("--weights", type=Path, default=WEIGHTS / "sd")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "loras" / "1795721.safetensors")
     parser.add_argument("--rank", type=int, default=8)

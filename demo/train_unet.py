@@ -1,6 +1,6 @@
 """Train the demo's text encoder and UNet on encoded pictures (v-prediction).
 
-``python -m demo.train_unet --run demo/runs/unet --data demo/cache/train --resume``
+``python -m demo.train_unet --resume``
 
 Stops after ``--minutes`` or ``--steps``, saves, and writes the averaged weights as fp16 into
 ``--out``; the next call with ``--resume`` goes on.
@@ -189,7 +189,7 @@ def export_networks(run: Run, folder: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_run_arguments(parser, steps=60000, batch=16)
+    add_run_arguments(parser, run="unet", steps=60000, batch=32)
     parser.add_argument("--export-only", action="store_true", help="write --out and stop")
     parser.add_argument("--data", type=Path, default=CACHE / "train")
     parser.add_argument("--start", type=Path, help="a pipeline folder to start from")

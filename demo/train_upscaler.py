@@ -1,6 +1,6 @@
 """Train the demo's x4 upscaler (SRVGGNetCompact) on drawn pictures and their VAE round trips.
 
-``python -m demo.train_upscaler --run demo/runs/upscaler --pictures demo/cache/large``
+``python -m demo.train_upscaler``
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def psnr(first: torch.Tensor, second: torch.Tensor) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_run_arguments(parser, steps=3000, batch=16)
+    add_run_arguments(parser, run="upscaler", steps=3000, batch=16)
     parser.add_argument("--pictures", type=Path, default=CACHE / "large")
     parser.add_argument("--weights", type=Path, help="a pipeline whose VAE blurs half the pairs")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "upscaler.safetensors")

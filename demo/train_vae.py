@@ -1,6 +1,6 @@
 """Train the demo model's AutoencoderKL on random crops of drawn pictures.
 
-``python -m demo.train_vae --run demo/runs/vae --pictures demo/cache/train``
+``python -m demo.train_vae``
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def export_vae(vae: Any, folder: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_run_arguments(parser, steps=40000, batch=4)
+    add_run_arguments(parser, run="vae", steps=40000, batch=4)
     parser.add_argument("--pictures", type=Path, default=CACHE / "train")
     parser.add_argument("--start", type=Path, help="a VAE folder to start from")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "sd" / "vae")

@@ -157,9 +157,9 @@ class Run:
         self._sums, self._count, self._since_s = {}, 0, time.monotonic()
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, *, steps: int, batch: int) -> None:
-    """Add the options that every training script takes."""
-    parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints")
+def add_run_arguments(parser: argparse.ArgumentParser, *, run: str, steps: int, batch: int) -> None:
+    """Add the options that every training script takes; checkpoints go to demo/runs/``run``."""
+    parser.add_argument("--run", type=Path, default=RUNS / run, help="folder of checkpoints")
     parser.add_argument("--steps", type=int, default=steps, help="optimizer steps in all")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop and save after these")
     parser.add_argument("--batch", type=int, default=batch)

@@ -92,6 +92,27 @@ class PlainFluxAttention:
         return attn.to_out[0](mixed[:, tokens:]), attn.to_add_out(mixed[:, :tokens])
 
 
+class ExactTimes(nn.Module):
+    """Sinusoids of the timestep and the guidance from their float32 values.
+
+    diffusers multiplies both by 1000 in the network's type, where float16 is off by up to 0.25:
+    enough to turn the fastest sinusoids.
+
+    Attributes:
+        given: (R,) float32 tensors of the call, in the order in which they are asked for.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.given: list[Tensor] = []
+
+    def forward(self, rounded: Tensor) -> Tensor:
+        """Map what was given, not ``rounded`` (R,), to sinusoids (R, 256) float32."""
+        sinusoids: Tensor = self.base(self.given.pop(0))
+        return sinusoids
+
+
 class FluxRows(nn.Module):
     """FluxTransformer2DModel over latents (R, C, h, w), h and w even."""
 
@@ -101,6 +122,8 @@ class FluxRows(nn.Module):
         config = transformer.config
         transformer.set_attn_processor(PlainFluxAttention())
         transformer.pos_embed = RotaryTables(10000, tuple(config.axes_dims_rope))
+        self.times = ExactTimes(transformer.time_text_embed.time_proj)
+        transformer.time_text_embed.time_proj = self.times
         for name, module in list(transformer.named_modules()):
             if isinstance(module, nn.RMSNorm):
                 parent, _, leaf = name.rpartition(".")
@@ -119,6 +142,10 @@ class FluxRows(nn.Module):
         """Return the velocity (R, C, h, w) float32 of x at ``timestep`` (R,) in 0..1000."""
         dtype = self.dtype
         guidance = extras.get("guidance_embed")
+        # Divided and multiplied again, as diffusers does: the same rounding.
+        self.times.given = [timestep / 1000 * 1000]
+        if guidance is not None:
+            self.times.given.append(guidance * 1000)
         (out,) = self.model(
             hidden_states=pack(x).to(dtype),
             timestep=timestep / 1000,

@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 # The reference reaches x0 from a sample at sigma 4096 by subtraction in float32.
 TOLERANCE_ZERO_SNR = 4096 * 2.0**-23
 # DPM2 a of the reference subtracts squares of sigmas in float32 to place its midpoints: on steps
-# over a factor of 30 in sigma three digits are lost, and with two steps all of them.
+# over a factor of 30 in sigma three digits are lost, and with two steps five.
 TOLERANCE_ANCESTRAL = 1e-4
 SHAPE = (1, 4, 3, 5)
 SEED = 5

@@ -60,7 +60,7 @@ def test_vae_latents_are_even_and_decode_as_before_when_whitened(pictures: Path)
 
     torch.manual_seed(0)
     vae = build_vae().eval()
-    images = np.load(pictures / "images.npy")
+    images = np.load(pictures / "images.npy")[:4]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         before = vae.decode(vae.encode(pixels).latent_dist.mean).sample

@@ -51,7 +51,7 @@ def folder(tiny: TinyExport, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def served(tiny: TinyExport, folder: Path) -> Iterator[LocalModels]:
     with LocalModels(tiny.repository, Settings(lora_dir=folder)) as models:
         yield models
@@ -162,16 +162,19 @@ def test_requests_with_different_loras_share_engine_calls_and_equal_themselves_a
 def test_four_sequences_with_four_loras_run_in_one_engine_call(served: LocalModels) -> None:
     # 40 steps a request leave time for all to be there at once.
     counters = served.denoiser("tiny_denoiser").counters
+    calls = counters.engine_calls
     outcomes = paint_together(served, [{**fields, "steps": 40} for fields in MIXED])
     assert all(isinstance(outcome, Outcome) for outcome in outcomes)
     assert counters.largest_batch == 4
-    assert counters.engine_calls < 2 * 40
+    assert counters.engine_calls - calls < 2 * 40
 
 
 def test_lora_that_overflows_fails_its_own_request_alone(served: LocalModels) -> None:
     mates = [{**MIXED[0], "steps": 12}, {**MIXED[1], "steps": 12}]
     alone = [served.generate(**{**FIELDS, **fields}).pictures[0] for fields in mates]
     bad = {"prompt": tags({"huge": 1.0}), "steps": 12}
+    denoiser = served.denoiser("tiny_denoiser")
+    failed = denoiser.counters.failed_sequences
     first, failure, second = paint_together(served, [mates[0], bad, mates[1]])
     assert isinstance(failure, ModelError)
     assert "no longer finite" in str(failure)
@@ -179,8 +182,7 @@ def test_lora_that_overflows_fails_its_own_request_alone(served: LocalModels) ->
     for outcome, expected in zip((first, second), alone, strict=True):
         assert isinstance(outcome, Outcome)
         assert np.abs(outcome.pictures[0].astype(int) - expected).max() <= 1  # as above
-    denoiser = served.denoiser("tiny_denoiser")
-    assert denoiser.counters.failed_sequences == 1
+    assert denoiser.counters.failed_sequences == failed + 1
     assert denoiser.slots_in_use == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from closeup.samplers import build_step_table, default_sampler
 from tests.sampler_reference import (
     FLUX_DEV,
     FLUX_SCHNELL,
+    IMAGE_TOKENS,
     TOLERANCE,
+    errors_of_run,
     load_scheduler,
     start_reference,
     worst_of_run,
@@ -51,6 +54,16 @@ def test_flow_step_table_equals_diffusers_when_every_step_is_compared(
             scheduler = load_scheduler(name, config, tmp_path)
             error, what, k = worst_of_run(name, config, scheduler, steps, strength, tokens)
             assert error <= TOLERANCE, f"{what} {k} of {steps} at {strength}: {error:.2e}"
+
+
+@pytest.mark.parametrize("name", list_sampler_names(flow=True))
+def test_tolerance_rejects_zeros_and_an_off_by_one_step(name: str, tmp_path: Path) -> None:
+    table = build_step_table(name, FLUX_DEV, 20, image_tokens=IMAGE_TOKENS)
+    late = replace(table, step=np.concatenate([table.step[1:], table.step[-1:]]))
+    for wrong in (late, replace(table, step=np.zeros_like(table.step))):
+        reference = start_reference(load_scheduler(name, FLUX_DEV, tmp_path), 20, None)
+        samples = [e for e, what, _ in errors_of_run(wrong, reference) if what == "sample"]
+        assert max(samples) > 100 * TOLERANCE
 
 
 def test_flow_steps_are_counted_as_the_flux_pipelines_count_when_the_product_is_no_integer(

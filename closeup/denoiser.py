@@ -272,6 +272,8 @@ def _mapped(future: Future[T], answer_from: Callable[[T], Answer]) -> Future[Ans
     answer: Future[Answer] = Future()
 
     def finish(done: Future[T]) -> None:
+        if not answer.set_running_or_notify_cancel():
+            return  # whoever asked has gone
         if done.cancelled():
             answer.set_exception(UnavailableError("the server is shutting down."))
             return

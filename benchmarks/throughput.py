@@ -113,7 +113,7 @@ def _segment(denoiser: Denoiser, ticket: Array, context_width: int, steps: int) 
         "operation": text_tensor(SEGMENT),
         "ticket": ticket,
         "sample": np.zeros(shape, np.float32),
-        "context": np.zeros((2, manifest.tokenizer.max_tokens, context_width), np.float32),
+        "context": np.zeros((2, manifest.encoders[0].tokenizer.max_tokens, context_width), np.float32),
         "guidance": np.full(1, 2.0, np.float32),
         "timestep": np.ones(steps, np.float32),
         "input_scale": np.ones(steps, np.float32),

@@ -52,6 +52,7 @@ class Segment:
         known_noise: (C, h, w) the noise that brings `known` to a step's level.
         known_step: (K, 2) coefficients of known and known_noise after each step.
         lora_row: row of the LoRA bank, 0 for none.
+        extras: the family's further inputs by network row: name -> (rows, ...).
     """
 
     sample: Array
@@ -67,6 +68,13 @@ class Segment:
     known_noise: Array | None = None
     known_step: Array | None = None
     lora_row: int = 0
+    extras: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """Segments with equal groups can share an engine call."""
+        extras = sorted((name, array.shape[1:]) for name, array in self.extras.items())
+        return self.sample.shape, self.context.shape[1:], tuple(extras)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,9 +110,9 @@ class _Running:
     sample: Array
     memory: Array
     future: Future[SegmentResult]
+    group: tuple[object, ...]
     done: int = 0
     last_tick: int = -1
-    shape: tuple[tuple[int, ...], tuple[int, ...]] = field(default=((), ()))
 
 
 class StepBatcher:
@@ -114,7 +122,6 @@ class StepBatcher:
         run: the engine, feeds -> outputs; called from the worker thread only.
         max_batch: sequences in one call.
         loras: the resident LoRA bank; None when the engine has no LoRA inputs.
-        on_tick: called after each engine call with (sequences, seconds).
     """
 
     def __init__(
@@ -123,13 +130,11 @@ class StepBatcher:
         *,
         max_batch: int,
         loras: LoraSource | None = None,
-        on_tick: Callable[[int, float], None] | None = None,
     ) -> None:
         self.counters = BatchCounters()
         self._run = run
         self._max_batch = max_batch
         self._loras = loras
-        self._on_tick = on_tick
         self._active: list[_Running] = []
         self._wake = threading.Condition()
         self._closed = False
@@ -150,7 +155,7 @@ class StepBatcher:
             sample=np.asarray(segment.sample, np.float32),
             memory=np.asarray(segment.memory, np.float32),
             future=Future(),
-            shape=(segment.sample.shape, segment.context.shape[1:]),
+            group=segment.group,
         )
         with self._wake:
             if self._closed:
@@ -191,7 +196,7 @@ class StepBatcher:
     def _next_batch(self) -> list[_Running]:
         """Those that have waited longest, of the shape of the first of them."""
         waiting = sorted(self._active, key=lambda running: running.last_tick)
-        return [running for running in waiting if running.shape == waiting[0].shape][
+        return [running for running in waiting if running.group == waiting[0].group][
             : self._max_batch
         ]
 
@@ -238,8 +243,6 @@ class StepBatcher:
         self.counters.sequence_steps += len(batch)
         self.counters.engine_s += elapsed_s
         self.counters.largest_batch = max(self.counters.largest_batch, len(batch))
-        if self._on_tick is not None:
-            self._on_tick(len(batch), elapsed_s)
         return outputs
 
     def _advance(self, running: _Running, sample: Array, memory: Array) -> None:
@@ -283,7 +286,7 @@ def feeds_from_sequences(
     """Return the engine's inputs for one step of each sequence (the LoRA bank apart).
 
     Args:
-        segments: B segments of equal latent and context shapes.
+        segments: B segments of one group.
         samples: their current latents, each (C, h, w).
         memories: their current sampler memory, each (2, C, h, w).
         steps: the row of its table that each takes now.
@@ -313,7 +316,7 @@ def feeds_from_sequences(
         joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         return np.ascontiguousarray(joined, np.float32)
 
-    return {
+    feeds = {
         "sample": stacked(list(samples)),
         "memory": stacked(list(memories)),
         "noise": stacked([at(s.noise, k, zeros) for s, k in pairs]),
@@ -332,6 +335,10 @@ def feeds_from_sequences(
                                 for s, k in pairs], np.float32),
         "lora_row": np.array([s.lora_row for s in segments], np.int64)[rows],
     }  # fmt: skip
+    for name in segments[0].extras:
+        joined = np.concatenate([segment.extras[name] for segment in segments])
+        feeds[name] = np.ascontiguousarray(joined, np.float32)
+    return feeds
 
 
 def _guidance(segment: Segment) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The denoiser as a service: tickets, LoRAs, segments; no Triton in here.
+"""The denoiser as a service: tickets, LoRAs, prompts, segments; no Triton in here.
 
 `closeup.denoiser_model` puts it behind Triton, the tests and benchmarks call it directly.
 """
@@ -9,18 +9,23 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from closeup.batching import BatchCounters, Segment, SegmentResult, StepBatcher
-from closeup.engines import EngineOptions, open_engine
-from closeup.errors import ModelError
-from closeup.lora_bank import LoraBank
-from closeup.lora_store import LoraStore
+from closeup.engines import Engine, EngineOptions, open_engine
+from closeup.errors import ModelError, UnavailableError
+from closeup.lora_bank import BankCounters, LoraBank, LoraLease
+from closeup.lora_encoders import LoraEncoders, lora_dtype
+from closeup.lora_keys import DENOISER
+from closeup.lora_read import layouts_from_manifest
+from closeup.lora_store import LoraStore, StoreCounters
 from closeup.manifest import MANIFEST_NAME, ModelManifest, read_manifest
 from closeup.run import Array
-from closeup.segments import ACQUIRE, RELEASE, SEGMENT
+from closeup.segments import ACQUIRE, ENCODE, LORAS, RELEASE, SEGMENT
 from closeup.settings import Settings
 from closeup.tickets import TicketDesk
 
@@ -30,39 +35,49 @@ LEASE_MARGIN_S = 60.0
 LORA_LOADERS = 4
 
 Answer = dict[str, Array]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraCounters:
+    """What a pipeline's LoRAs did since the start, and what of them is held now."""
+
+    store: StoreCounters
+    bank: BankCounters
 
 
 class Denoiser:
     """Holds the denoiser engine of one pipeline, its batches, its LoRA bank and the slots.
 
+    Text encoders with LoRA inputs run here too, since LoRA vectors never leave this process.
+
     Args:
-        folder: the model's folder in the repository (manifest.json, <version>/model.onnx).
+        folder: the model's folder in the repository (manifest.json, <version>/model.onnx and,
+            for each text encoder with LoRA inputs, <version>/<encoder>.onnx).
         version: name of the version folder.
         settings: server options.
-        on_tick: called after each engine call with (sequences, seconds).
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        version: str = "1",
-        settings: Settings,
-        on_tick: Callable[[int, float], None] | None = None,
-    ) -> None:
-        self.manifest = read_manifest(folder / MANIFEST_NAME)
+    def __init__(self, folder: Path, *, version: str = "1", settings: Settings) -> None:
+        self.manifest = manifest = read_manifest(folder / MANIFEST_NAME)
         self._engine = open_engine(folder / version / "model.onnx", options=EngineOptions())
+        self._encoders = LoraEncoders(manifest.encoders, folder / version)
         self._limit_s = settings.request_timeout_s + LEASE_MARGIN_S
         self._loader = ThreadPoolExecutor(LORA_LOADERS, thread_name_prefix="lora")
-        bank = _open_bank(self.manifest, settings)
-        self._desk = _open_desk(self.manifest, settings, bank, self._limit_s)
-        limit = self.manifest.max_batch
+        self._store = LoraStore(
+            settings.lora_dir,
+            layouts_from_manifest(manifest),
+            byte_limit=settings.lora_cache_bytes,
+        )
+        self._bank = self._open_bank(settings.lora_rows)
+        self._desk = _open_desk(manifest, self._bank, settings.slots, self._limit_s)
+        self._row_extras = _row_extras(manifest)
         self._batcher = StepBatcher(
             self._engine.run,
-            max_batch=min(limit, settings.max_batch or limit),
-            loras=bank,
-            on_tick=on_tick,
-        )
+            max_batch=min(manifest.max_batch, settings.max_batch or manifest.max_batch),
+            loras=None if self._bank is None or manifest.lora is None
+            else self._bank.view(DENOISER),
+        )  # fmt: skip
         self._warm_up()
 
     @property
@@ -75,16 +90,24 @@ class Denoiser:
         """Pictures in flight."""
         return self._desk.slots_in_use
 
+    def lora_counters(self) -> LoraCounters | None:
+        """Return the LoRA counters; None when no network has LoRA inputs."""
+        if self._bank is None:
+            return None
+        return LoraCounters(store=self._store.counters(), bank=self._bank.counters())
+
     def start(self, inputs: Mapping[str, Array]) -> Future[Answer]:
         """Start one operation (see `closeup.segments`) and return its future answer.
 
         Raises:
-            ModelError: an unknown operation, ticket or a malformed segment.
+            ModelError: an unknown operation, ticket or text encoder, or malformed inputs.
             UnavailableError: shutting down.
         """
         operation = _text(inputs, "operation")
         if operation == SEGMENT:
-            return _mapped(self._batcher.submit(self._segment(inputs)))
+            return _mapped(self._batcher.submit(self._segment(inputs)), _segment_answer)
+        if operation == ENCODE:
+            return self._encode(inputs)
         if operation == ACQUIRE:
             return self._loader.submit(self._acquire, inputs)
         if operation == RELEASE:
@@ -93,12 +116,15 @@ class Denoiser:
             answer: Future[Answer] = Future()
             answer.set_result({"ticket": np.array([number], np.int64)})
             return answer
+        if operation == LORAS:
+            return self._loader.submit(self._list_loras)
         raise ModelError(f"the denoiser knows no operation {operation!r}.")
 
     def close(self) -> None:
         """Fail what still runs with UnavailableError and release the engine."""
         self._batcher.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
+        self._encoders.close()
         self._engine.close()
 
     def _acquire(self, inputs: Mapping[str, Array]) -> Answer:
@@ -108,6 +134,23 @@ class Denoiser:
             "ticket": np.array([number], np.int64),
             "warnings": np.array([json.dumps(warnings).encode()], np.object_),
         }
+
+    def _list_loras(self) -> Answer:
+        entries = [
+            {"id": entry.id, "bytes": entry.size_bytes, "networks": entry.networks}
+            for entry in self._store.entries()
+        ]
+        return {"loras": np.array([json.dumps(entries).encode()], np.object_)}
+
+    def _encode(self, inputs: Mapping[str, Array]) -> Future[Answer]:
+        name = _text(inputs, "encoder")
+        row = self._desk.lora_row(int(inputs["ticket"][0]), name)
+        if self._bank is None:
+            raise ModelError(f"the model {self.manifest.name} has no LoRA inputs.")
+        encoded = self._encoders.submit(
+            name, inputs["input_ids"], lora_row=row, array=self._bank.array
+        )
+        return _mapped(encoded, _encoded_answer)
 
     def _segment(self, inputs: Mapping[str, Array]) -> Segment:
         sample = inputs["sample"]
@@ -126,67 +169,121 @@ class Denoiser:
             known_noise=inputs.get("known_noise"),
             known_step=inputs.get("known_step"),
             lora_row=self._desk.lora_row(int(inputs["ticket"][0])),
+            extras=self._extras(inputs),
         )
 
+    def _extras(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        rows = len(inputs["context"])
+        for name in self._row_extras:
+            if name not in inputs:
+                raise ModelError(f"the segment lacks {name}, which {self.manifest.name} needs.")
+            if len(inputs[name]) != rows:
+                raise ModelError(f"{name} has {len(inputs[name])} rows, context has {rows}.")
+        return {name: inputs[name] for name in self._row_extras}
+
+    def _open_bank(self, rows: int) -> LoraBank | None:
+        layouts = {
+            network: layout
+            for network, layout in layouts_from_manifest(self.manifest).items()
+            if layout is not None
+        }
+        if not layouts:
+            return None
+        dtypes = self._encoders.lora_dtypes()
+        if DENOISER in layouts:
+            dtypes[DENOISER] = lora_dtype(self._engine)
+        return LoraBank(self._store, layouts, rows=rows, dtypes=dtypes)
+
     def _warm_up(self) -> None:
-        side = self.manifest.native_px // self.manifest.vae_scale_factor
-        shape = (self.manifest.facts.latent_channels, side, side)
-        width = next(spec.shape[2] for spec in self._engine.inputs if spec.name == "context")
-        assert isinstance(width, int)
-        context = np.zeros((2, self.manifest.tokenizer.max_tokens, width), np.float32)
+        """Run every engine once, at the sizes of a plain request."""
+        if self._bank is not None:
+            self._encoders.warm_up(self._bank.array)
+        manifest = self.manifest
+        side = manifest.native_px // manifest.vae_scale_factor
+        shape = (manifest.facts.latent_channels, side, side)
+        rows = 2 if manifest.facts.negative_prompt else 1
         once = Segment(
             sample=np.zeros(shape, np.float32),
             memory=np.zeros((2, *shape), np.float32),
-            context=context,
+            context=np.zeros((rows, *self._context_shape()), np.float32),
             guidance=1.0,
             timestep=np.ones(1, np.float32),
             input_scale=np.ones(1, np.float32),
             step=np.zeros((1, 3, 5), np.float32),
+            extras={
+                name: np.zeros((rows, *_fixed_shape(self._engine, name)), np.float32)
+                for name in self._row_extras
+            },
         )
         self._batcher.submit(once).result(timeout=self._limit_s)
 
+    def _context_shape(self) -> tuple[int, int]:
+        """Tokens and width of a context, (L, D)."""
+        tokens = max(encoder.tokenizer.max_tokens for encoder in self.manifest.encoders
+                     if "context" in encoder.outputs)  # fmt: skip
+        width = next(spec.shape[-1] for spec in self._engine.inputs if spec.name == "context")
+        if not isinstance(width, int):  # the graph leaves it open
+            width = self._encoders.context_width
+        return tokens, width
 
-def _open_bank(manifest: ModelManifest, settings: Settings) -> LoraBank | None:
-    if manifest.lora is None:
-        return None
-    store = LoraStore(settings.lora_dir, manifest.lora, byte_limit=settings.lora_cache_bytes)
-    dtype = np.float16 if manifest.precision == "fp16" else np.float32
-    return LoraBank(store, manifest.lora, rows=settings.lora_rows, dtype=dtype)
+
+def _row_extras(manifest: ModelManifest) -> tuple[str, ...]:
+    """The model's inputs by network row beside the context."""
+    names = manifest.facts.row_extras
+    if manifest.guidance_embeds:
+        return names
+    return tuple(name for name in names if name != "guidance_embed")
+
+
+def _fixed_shape(engine: Engine, name: str) -> tuple[int, ...]:
+    """Sides of an input by network row, the rows left out."""
+    for spec in engine.inputs:
+        if spec.name == name:
+            sides = tuple(side for side in spec.shape[1:] if isinstance(side, int))
+            if len(sides) == len(spec.shape) - 1:
+                return sides
+    raise ModelError(f"the denoiser has no input {name} of known width: export the model again.")
 
 
 def _open_desk(
-    manifest: ModelManifest, settings: Settings, bank: LoraBank | None, lease_s: float
+    manifest: ModelManifest, bank: LoraBank | None, slots: int, lease_s: float
 ) -> TicketDesk:
-    def acquire_row(loras: Sequence[tuple[str, float]]) -> tuple[int, list[str]]:
+    def acquire(loras: Sequence[tuple[str, float]]) -> LoraLease:
         if bank is None:
             raise ModelError(f"the model {manifest.name} has no LoRA inputs.")
-        lease = bank.acquire(loras)
-        return lease.row, list(lease.warnings)
+        return bank.acquire(loras)
 
-    def release_row(row: int) -> None:
+    def release(row: int) -> None:
         if bank is not None:
             bank.release(row)
 
-    return TicketDesk(
-        capacity=settings.slots,
-        lease_s=lease_s,
-        acquire_row=acquire_row,
-        release_row=release_row,
-    )
+    return TicketDesk(capacity=slots, lease_s=lease_s, acquire_loras=acquire, release_loras=release)
 
 
-def _mapped(segment: Future[SegmentResult]) -> Future[Answer]:
+def _segment_answer(result: SegmentResult) -> Answer:
+    return {"next_sample": result.sample, "next_memory": result.memory}
+
+
+def _encoded_answer(outputs: Answer) -> Answer:
+    return {f"encoded_{name}": array for name, array in outputs.items()}
+
+
+def _mapped(future: Future[T], answer_from: Callable[[T], Answer]) -> Future[Answer]:
     answer: Future[Answer] = Future()
 
-    def finish(done: Future[SegmentResult]) -> None:
+    def finish(done: Future[T]) -> None:
+        if not answer.set_running_or_notify_cancel():
+            return  # whoever asked has gone
+        if done.cancelled():
+            answer.set_exception(UnavailableError("the server is shutting down."))
+            return
         error = done.exception()
         if error is not None:
             answer.set_exception(error)
         else:
-            result = done.result()
-            answer.set_result({"next_sample": result.sample, "next_memory": result.memory})
+            answer.set_result(answer_from(done.result()))
 
-    segment.add_done_callback(finish)
+    future.add_done_callback(finish)
     return answer
 
 

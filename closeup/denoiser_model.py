@@ -16,6 +16,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from closeup.denoiser import LEASE_MARGIN_S, Answer, Denoiser
+from closeup.denoiser_metrics import METRICS, metric_values
 from closeup.settings import read_settings
 from closeup.triton_glue import Reply, Watchdog, configure_logging, request_inputs
 
@@ -28,15 +29,13 @@ class TritonPythonModel:
         configure_logging()
         settings = read_settings()
         self._limit_s = settings.request_timeout_s + LEASE_MARGIN_S
-        self._metrics = _Metrics(args["model_name"])
         self._watchdog = Watchdog()
         self._denoiser = Denoiser(
             Path(args["model_repository"]),
             version=args["model_version"],
             settings=settings,
-            on_tick=self._metrics.tick,
         )
-        self._metrics.publish(self._denoiser.slots_in_use)  # the warm-up's
+        self._metrics = _Metrics(args["model_name"], self._denoiser)
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Start every request; answers come later."""
@@ -60,48 +59,55 @@ class TritonPythonModel:
             reply.fail(error)
         else:
             reply.finish(done.result())
-        self._metrics.publish(self._denoiser.slots_in_use)
+        self._metrics.publish()
 
 
 class _Metrics:
-    """Counters on Triton's metrics endpoint.
+    """The denoiser's counters on Triton's metrics endpoint.
 
-    Every change crosses to Triton's process, at a few tenths of a millisecond each, so ticks are
-    summed here and published with the answers.
+    Every change crosses to Triton's process, at a few tenths of a millisecond each, so values
+    are published with the answers, not at every tick, and only those that changed.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
         self._lock = threading.Lock()
-        self._pending = [0.0, 0.0, 0.0]
-        self._families: list[Any] = []
-        kind = pb_utils.MetricFamily.COUNTER
-        self._counters = [
-            self._metric(model, name, description, kind)
-            for name, description in (
-                ("closeup_engine_calls_total", "Denoiser engine calls"),
-                ("closeup_sequence_steps_total", "Denoising steps of sequences"),
-                ("closeup_engine_seconds_total", "Seconds in the denoiser engine"),
+        self._stale = False
+        self._families: list[Any] = []  # Triton drops a metric with its family
+        self._metrics: dict[str, Any] = {}
+        self._published = {spec.name: 0.0 for spec in METRICS}
+        kinds = pb_utils.MetricFamily
+        for spec in METRICS:
+            family = pb_utils.MetricFamily(
+                name=spec.name,
+                description=spec.description,
+                kind=kinds.COUNTER if spec.is_total else kinds.GAUGE,
             )
-        ]
-        gauge = pb_utils.MetricFamily.GAUGE
-        self._slots = self._metric(model, "closeup_slots_in_use", "Pictures in flight", gauge)
+            self._families.append(family)
+            self._metrics[spec.name] = family.Metric(labels={"model": model})
+        self.publish()
 
-    def tick(self, sequences: int, seconds: float) -> None:
-        """Count one engine call."""
-        with self._lock:
-            for index, amount in enumerate((1, sequences, seconds)):
-                self._pending[index] += amount
+    def publish(self) -> None:
+        """Bring Triton's values up to date.
 
-    def publish(self, slots_in_use: int) -> None:
-        """Bring Triton's counters up to date."""
-        with self._lock:
-            amounts, self._pending = self._pending, [0.0, 0.0, 0.0]
-        if any(amounts):
-            for counter, amount in zip(self._counters, amounts, strict=True):
-                counter.increment(amount)
-        self._slots.set(slots_in_use)
+        Answers come from several threads, that of the denoising steps among them: a thread that
+        meets another at work leaves it to that one.
+        """
+        self._stale = True
+        while self._stale and self._lock.acquire(blocking=False):
+            try:
+                self._stale = False
+                self._publish_changes()
+            finally:
+                self._lock.release()
 
-    def _metric(self, model: str, name: str, description: str, kind: Any) -> Any:
-        family = pb_utils.MetricFamily(name=name, description=description, kind=kind)
-        self._families.append(family)
-        return family.Metric(labels={"model": model})
+    def _publish_changes(self) -> None:
+        values = metric_values(self._denoiser)
+        for spec in METRICS:
+            value = values.get(spec.name, 0.0)
+            change = value - self._published[spec.name]
+            if change and spec.is_total:
+                self._metrics[spec.name].increment(change)
+            elif change:
+                self._metrics[spec.name].set(value)
+            self._published[spec.name] = value

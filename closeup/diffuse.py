@@ -1,67 +1,35 @@
-"""Prompts to embeddings, pictures to latents and back, and the denoising of one sequence."""
+"""Pictures to latents and back, and the denoising of one sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
+from closeup.conditioning import Guide
 from closeup.images import encode_image, pixels_from_floats, resize
 from closeup.noise import TorchNormal
+from closeup.request import Request
 from closeup.run import Array, Floats, Run, text_tensor
-from closeup.samplers import StepTable
+from closeup.samplers import StepTable, build_step_table
 from closeup.segments import SEGMENT
-from closeup.tokens import PromptTokenizer
 
 PREVIEW_SIDE_PX = 256
 # The encoder's log-variance is clamped to this range before it is used.
 # Source: diffusers, models/autoencoders/vae.py, DiagonalGaussianDistribution.
 LOGVAR_RANGE = (-30.0, 20.0)
-NEGATIVE, FACE = "negative_prompt", "face_prompt"
 
 
-async def encode_prompts(
-    run: Run, tokenizer: PromptTokenizer, prompts: Mapping[str, str]
-) -> dict[str, Floats]:
-    """Return the text encoder's states (L, D) by field; long prompts are cut, with a warning.
-
-    A face prompt keeps the model's suffix: it is cut before that.
-    """
-    suffix = run.request.model.face_prompt_suffix
-    encoded = {
-        field: tokenizer.encode(
-            prompt, ending=suffix if field == FACE and prompt.endswith(suffix) else ""
-        )
-        for field, prompt in prompts.items()
-    }
-    for field, tokens in encoded.items():
-        if tokens.truncated and _is_worth_telling(run, field):
-            run.warnings.append(
-                f"{field} is {tokens.truncated} tokens longer than the "
-                f"{run.request.model.tokenizer.max_tokens - 2} the model reads; its end was cut."
-            )
-    ids = np.stack([tokens.ids for tokens in encoded.values()])
-    states = await run.infer_floats(
-        run.request.model.text_encoder, {"input_ids": ids}, "last_hidden_state"
+def step_table(
+    request: Request, *, height: int, width: int, strength: float | None = None
+) -> StepTable:
+    """Return the steps of a picture of this size, px; see `closeup.samplers.build_step_table`."""
+    packed = request.model.facts.size_step_px
+    return build_step_table(
+        request.scheduler,
+        request.model.scheduler,
+        request.steps,
+        strength=strength,
+        image_tokens=(height // packed) * (width // packed) if request.model.facts.flow else None,
     )
-    return dict(zip(encoded, states, strict=True))
-
-
-def _is_worth_telling(run: Run, field: str) -> bool:
-    request = run.request
-    if field == NEGATIVE:
-        return is_guided(run)
-    return field != FACE or request.face_prompt != request.prompt + request.model.face_prompt_suffix
-
-
-def is_guided(run: Run) -> bool:
-    """Whether the request uses classifier-free guidance."""
-    return run.request.cfg_scale > 1
-
-
-def context_rows(run: Run, negative: Floats, prompt: Floats) -> Floats:
-    """Return the context of one sequence: two rows with guidance, one without."""
-    return np.stack([negative, prompt]) if is_guided(run) else prompt[None]
 
 
 async def encode_picture(run: Run, picture: Floats) -> tuple[Floats, Floats]:
@@ -75,7 +43,9 @@ async def encode_picture(run: Run, picture: Floats) -> tuple[Floats, Floats]:
         mean, std: each (C, H/8, W/8) float32.
     """
     pixels = np.ascontiguousarray((picture * 2 - 1).transpose(2, 0, 1)[None], np.float32)
-    moments = await run.infer_floats(run.request.model.vae_encoder, {"image": pixels}, "moments")
+    encoder = run.request.model.vae_encoder
+    answer = await run.infer_floats(encoder, {"image": pixels}, ["moments"])
+    moments = answer["moments"]
     mean, logvar = np.split(moments[0], 2)
     return mean, np.exp(np.float32(0.5) * np.clip(logvar, *LOGVAR_RANGE))
 
@@ -91,7 +61,8 @@ def sample_posterior(run: Run, moments: tuple[Floats, Floats], stream: TorchNorm
 async def decode_latents(run: Run, latents: Floats) -> Floats:
     """Return the picture (H, W, 3) in [0, 1] of denoised latents (C, h, w)."""
     decoder = run.request.model.vae_decoder
-    images = await run.infer_floats(decoder, {"latents": latents[None]}, "image")
+    answer = await run.infer_floats(decoder, {"latents": latents[None]}, ["image"])
+    images = answer["image"]
     picture = images[0].transpose(1, 2, 0)
     clipped: Floats = np.clip(picture * np.float32(0.5) + np.float32(0.5), 0, 1)
     return clipped
@@ -101,7 +72,7 @@ async def denoise(
     run: Run,
     *,
     sample: Floats,
-    context: Floats,
+    guide: Guide,
     table: StepTable,
     stream: TorchNormal,
     image: int,
@@ -114,7 +85,7 @@ async def denoise(
     Args:
         run: the request; its current stage is advanced by each step.
         sample: (C, h, w) starting latents in the sampler's space.
-        context: (rows, L, D).
+        guide: what it is conditioned on.
         table: K steps.
         stream: where the stochastic steps' noise is drawn from.
         image: index of the picture, for progress.
@@ -138,7 +109,8 @@ async def denoise(
             "ticket": np.array([run.ticket], np.int64),
             "sample": sample,
             "memory": memory,
-            "context": context,
+            "context": guide.context,
+            **guide.extras,
             "guidance": np.array([run.request.cfg_scale], np.float32),
             "timestep": table.timesteps[part],
             "input_scale": table.input_scale[part],

@@ -36,7 +36,8 @@ async def enlarge(
     """Enlarge one picture (H, W, 3) in [0, 1] by ``factor``; `report` advances the stage."""
 
     async def infer_tiles(tiles: Floats) -> Floats:
-        upscaled = await run.infer_floats("upscaler", {"image": tiles}, "upscaled")
+        answer = await run.infer_floats("upscaler", {"image": tiles}, ["upscaled"])
+        upscaled = answer["upscaled"]
         if report:
             run.advance(len(tiles))
         return upscaled

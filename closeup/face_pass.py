@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from closeup.conditioning import Conditioning, Guide
 from closeup.detection import (
     OUTPUT_NAMES,
     Face,
@@ -17,7 +18,7 @@ from closeup.detection import (
     merge_detections,
     scale_faces,
 )
-from closeup.diffuse import decode_latents, denoise, encode_picture, sample_posterior
+from closeup.diffuse import decode_latents, denoise, encode_picture, sample_posterior, step_table
 from closeup.enlarge import enlarge
 from closeup.face_blend import blend_faces, differential_masks, face_mask, latent_mask
 from closeup.face_geometry import FaceCrop, extract
@@ -26,7 +27,7 @@ from closeup.images import floats_from_pixels
 from closeup.manifest import UpscalerManifest
 from closeup.noise import TorchNormal
 from closeup.run import Floats, Run, together
-from closeup.samplers import StepTable, build_step_table
+from closeup.samplers import StepTable
 
 Pixels = npt.NDArray[np.uint8]
 FaceReport = dict[str, Any]
@@ -42,7 +43,7 @@ async def inpaint_faces(
     *,
     originals: list[Pixels],
     upscaler: UpscalerManifest,
-    context: Floats,
+    conditioning: Conditioning,
 ) -> tuple[list[Pixels], list[list[FaceReport]]]:
     """Repaint the faces of every picture; all faces go through the denoiser together.
 
@@ -52,7 +53,7 @@ async def inpaint_faces(
         originals: the same before super-resolution; faces are found in these, since detectors
             are trained on small faces.
         upscaler: enlarges repainted faces that need more pixels than the model paints.
-        context: (rows, L, D) of the face prompt.
+        conditioning: the encoded prompts.
 
     Returns:
         The pictures, every byte outside the face masks unchanged, and a report for each face.
@@ -64,11 +65,13 @@ async def inpaint_faces(
         _plan(run, scale_faces(faces, factor), pixels, seed, enlarged=factor)
         for faces, pixels, seed in zip(found, pictures, run.request.seeds, strict=True)
     ]
+    work_px = run.request.model.native_px
+    guide = conditioning.guide(run, height=work_px, width=work_px, face=True)
     with run.stage("faces", 0):
         repainted = await together(
             run,
             [
-                _repaint_picture(run, index, pixels, picture_plans, context, upscaler)
+                _repaint_picture(run, index, pixels, picture_plans, guide, upscaler)
                 for index, (pixels, picture_plans) in enumerate(zip(pictures, plans, strict=True))
             ],
         )
@@ -104,10 +107,8 @@ def _plan(
 
 
 def _table(run: Run, plan: FacePlan) -> StepTable:
-    request = run.request
-    return build_step_table(
-        request.scheduler, request.model.scheduler, request.steps, strength=plan.strength
-    )
+    side = plan.work_px
+    return step_table(run.request, height=side, width=side, strength=plan.strength)
 
 
 def _idle(plan: FacePlan) -> FacePlan:
@@ -122,7 +123,7 @@ async def _repaint_picture(
     image: int,
     pixels: Pixels,
     plans: list[FacePlan],
-    context: Floats,
+    guide: Guide,
     upscaler: UpscalerManifest,
 ) -> Pixels:
     wanted = [plan for plan in plans if plan.action is FaceAction.REPAINT]
@@ -130,7 +131,7 @@ async def _repaint_picture(
         return pixels
     picture = floats_from_pixels(pixels)
     patches = await together(
-        run, [_repaint_face(run, image, picture, plan, context) for plan in wanted]
+        run, [_repaint_face(run, image, picture, plan, guide) for plan in wanted]
     )
     run.count("inference_cycles")
     fitted = await together(
@@ -159,7 +160,7 @@ async def _fit_patch(
 
 
 async def _repaint_face(
-    run: Run, image: int, picture: Floats, plan: FacePlan, context: Floats
+    run: Run, image: int, picture: Floats, plan: FacePlan, guide: Guide
 ) -> Floats:
     """Return the repainted crop (work, work, 3)."""
     table = _table(run, plan)
@@ -173,7 +174,7 @@ async def _repaint_face(
     latents = await denoise(
         run,
         sample=np.asarray(table.init[0] * known + table.init[1] * noise, np.float32),
-        context=context,
+        guide=guide,
         table=table,
         stream=stream,
         image=image,

@@ -21,7 +21,10 @@ class Family:
             work size of the face pass; a model's manifest may say otherwise.
         size_step_px: width and height must be multiples of this.
         latent_channels: channels of the denoiser's latents.
-        max_tokens: prompt tokens, begin and end included.
+        row_extras: inputs of the denoiser beside the context, one entry a network row.
+        flow: trained by flow matching; samplers take their flow forms.
+        negative_prompt: whether it takes one: the family is guided by two network rows.
+        cfg_scale_below: guidance must be smaller than this; None leaves the field's own range.
         default_steps: steps when the request gives none.
         default_cfg_scale: guidance when the request gives none.
     """
@@ -31,9 +34,12 @@ class Family:
     native_px: int
     size_step_px: int
     latent_channels: int
-    max_tokens: int
     default_steps: int
     default_cfg_scale: float
+    row_extras: tuple[str, ...] = ()
+    flow: bool = False
+    negative_prompt: bool = True
+    cfg_scale_below: float | None = None
 
 
 SD15 = Family(
@@ -42,12 +48,36 @@ SD15 = Family(
     native_px=512,
     size_step_px=8,
     latent_channels=4,
-    max_tokens=77,
     default_steps=25,
     default_cfg_scale=7.5,
 )
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD15,)}
+SDXL = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    native_px=1024,
+    size_step_px=8,
+    latent_channels=4,
+    default_steps=30,
+    default_cfg_scale=5.0,
+    row_extras=("pooled", "time_ids"),
+)
+
+FLUX = Family(
+    name="flux",
+    title="FLUX.1",
+    native_px=1024,
+    size_step_px=16,
+    latent_channels=16,
+    default_steps=28,
+    default_cfg_scale=3.5,
+    row_extras=("pooled", "guidance_embed"),
+    flow=True,
+    negative_prompt=False,
+    cfg_scale_below=5.0,
+)
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD15, SDXL, FLUX)}
 
 
 def family_named(name: str) -> Family:

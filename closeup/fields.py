@@ -48,6 +48,7 @@ class Field:
         maximum: largest value (for strings: characters), inclusive.
         multiple_of: values must be multiples of this.
         choices: the only values; empty when free.
+        words: says what is allowed where the above cannot.
     """
 
     name: str
@@ -58,10 +59,13 @@ class Field:
     maximum: float | None = None
     multiple_of: int | None = None
     choices: tuple[str, ...] = ()
+    words: str = ""
 
     @property
     def allowed(self) -> str:
         """The range, in words."""
+        if self.words:
+            return self.words
         if self.choices:
             return ", ".join(self.choices)
         if self.kind is Kind.BOOL:
@@ -106,6 +110,8 @@ FIELDS: tuple[Field, ...] = (
         name="negative_prompt", kind=Kind.STRING, default="empty",
         doc="What to keep out of the picture.", minimum=0, maximum=MAX_PROMPT_CHARACTERS,
     ),
+    Field(name="use_lpw", kind=Kind.BOOL, default="false",
+          doc="Weighted prompts of any length: `(word:1.2)`, `[word]`; not on FLUX.1."),
     Field(name="model", kind=Kind.STRING, default="the first exported",
           doc="Which served model paints.", minimum=1, maximum=200),
     Field(name="num_images", kind=Kind.INT, default="1", minimum=1, maximum=8,
@@ -124,8 +130,10 @@ FIELDS: tuple[Field, ...] = (
           doc="Sides in this ratio, with the model's own number of pixels."),
     Field(name="ar", kind=Kind.STRING, default="none", choices=tuple(LEGACY_ASPECTS),
           doc="Older spelling of `aspect_ratio`."),
-    Field(name="scheduler", kind=Kind.STRING, default="the model's", choices=tuple(SAMPLERS),
-          doc="Sampler."),
+    Field(name="scheduler", kind=Kind.STRING, default="the model's", minimum=1, maximum=80,
+          words=", ".join(SAMPLERS),
+          doc="Sampler; with a spacing behind it (`dpm++2m_karras`) and in other tools' spellings "
+              "(`DPM++ 2M Karras`, `uni_pc`) as well."),
     Field(name="super_resolution", kind=Kind.BOOL, default="false",
           doc="Double each side (four times for small pictures)."),
     Field(name="hires_fix", kind=Kind.BOOL, default="false",

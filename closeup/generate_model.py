@@ -50,7 +50,7 @@ class GenerateModel:
         configure_logging()
         self._settings = read_settings()
         self._repository = Repository(Path(args["model_repository"]).parent)
-        self._loras = LoraStore(self._settings.lora_dir, layout=None, byte_limit=0)
+        self._loras = LoraStore(self._settings.lora_dir)
         self._models = TritonModels()
         self._watchdog = Watchdog()
         self._loop = asyncio.new_event_loop()
@@ -84,8 +84,11 @@ class GenerateModel:
         try:
             request = await asyncio.to_thread(self._resolve, inputs, parameters)
             run = self._start_run(request, reply)
-            tokenizer = self._repository.tokenizer(request.model)
-            outcome = await generate(run, tokenizer=tokenizer, upscaler=self._repository.upscaler)
+            outcome = await generate(
+                run,
+                tokenizers=self._repository.tokenizers(request.model),
+                upscaler=self._repository.upscaler,
+            )
             run.check()
             reply.finish(await asyncio.to_thread(self._answer, run, outcome))
         except BaseException as error:

@@ -7,21 +7,20 @@ request, so that they share engine calls. Nothing here knows Triton: models are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from closeup.conditioning import Conditioning, Guide, encode_prompts
 from closeup.diffuse import (
-    NEGATIVE,
-    context_rows,
     decode_latents,
     denoise,
     encode_picture,
-    encode_prompts,
     sample_posterior,
+    step_table,
 )
 from closeup.enlarge import super_resolve_all
 from closeup.face_pass import FaceReport, inpaint_faces
@@ -30,19 +29,10 @@ from closeup.manifest import UpscalerManifest
 from closeup.noise import TorchNormal
 from closeup.request import Mode, Request
 from closeup.run import Array, Floats, Run, together
-from closeup.samplers import StepTable, build_step_table
+from closeup.samplers import StepTable
 from closeup.tokens import PromptTokenizer
 
 Pixels = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Conditioning:
-    """Encoded prompts, each (L, D) float32."""
-
-    negative: Floats
-    prompt: Floats
-    face_prompt: Floats
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,13 +51,13 @@ class Outcome:
 
 
 async def generate(
-    run: Run, *, tokenizer: PromptTokenizer, upscaler: UpscalerManifest | None
+    run: Run, *, tokenizers: Sequence[PromptTokenizer], upscaler: UpscalerManifest | None
 ) -> Outcome:
     """Run a request from prompt to finished pictures.
 
     Args:
         run: the request and what runs it.
-        tokenizer: of the request's model.
+        tokenizers: of the model's text encoders.
         upscaler: of the repository; needed for super-resolution.
 
     Raises:
@@ -77,7 +67,7 @@ async def generate(
     stages: dict[str, list[Pixels]] = {}
     faces: list[list[FaceReport]] = [[] for _ in request.seeds]
     async with run.admitted():
-        conditioning = await encode(run, tokenizer)
+        conditioning = await encode(run, tokenizers)
         pictures = await paint(run, conditioning)
         originals = [pixels_from_floats(picture) for picture in pictures]
         if request.stages:
@@ -97,25 +87,17 @@ async def generate(
                 pixels,
                 originals=originals,
                 upscaler=upscaler,
-                context=context_rows(run, conditioning.negative, conditioning.face_prompt),
+                conditioning=conditioning,
             )
     return Outcome(pictures=pixels, faces=faces, stages=stages)
 
 
-async def encode(run: Run, tokenizer: PromptTokenizer) -> Conditioning:
-    """Encode the negative prompt, the prompt and the face prompt in one call."""
-    request = run.request
-    prompts = {NEGATIVE: request.negative_prompt, "prompt": request.prompt}
-    if request.inpaint_faces:
-        prompts["face_prompt"] = request.face_prompt
+async def encode(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Conditioning:
+    """Encode the prompts."""
     with run.stage("encode", 1):
-        states = await encode_prompts(run, tokenizer, prompts)
+        conditioning = await encode_prompts(run, tokenizers)
         run.advance(1)
-    return Conditioning(
-        negative=states[NEGATIVE],
-        prompt=states["prompt"],
-        face_prompt=states.get("face_prompt", states["prompt"]),
-    )
+    return conditioning
 
 
 async def paint(run: Run, conditioning: Conditioning) -> list[Floats]:
@@ -125,14 +107,12 @@ async def paint(run: Run, conditioning: Conditioning) -> list[Floats]:
         assert request.image is not None
         return [floats_from_pixels(request.image)] * request.num_images
     strength = None if request.mode is Mode.TEXT else request.strength
-    table = build_step_table(
-        request.scheduler, request.model.scheduler, request.steps, strength=strength
-    )
+    table = step_table(request, height=request.height, width=request.width, strength=strength)
     if len(table.timesteps) == 0:
         assert request.image is not None
-        run.warnings.append("denoising_strength times steps is below one step: nothing was done.")
+        run.warn("denoising_strength times steps is below one step: nothing was done.")
         return [floats_from_pixels(request.image)] * request.num_images
-    context = context_rows(run, conditioning.negative, conditioning.prompt)
+    guide = conditioning.guide(run, height=request.height, width=request.width)
     with run.stage("generate", len(table.timesteps) * request.num_images):
         moments = None
         if request.image is not None:
@@ -140,7 +120,7 @@ async def paint(run: Run, conditioning: Conditioning) -> list[Floats]:
         return await together(
             run,
             [
-                _paint_one(run, index, TorchNormal(seed), table, context, moments)
+                _paint_one(run, index, TorchNormal(seed), table, guide, moments)
                 for index, seed in enumerate(request.seeds)
             ],
         )
@@ -151,7 +131,7 @@ async def _paint_one(
     image: int,
     stream: TorchNormal,
     table: StepTable,
-    context: Floats,
+    guide: Guide,
     moments: tuple[Floats, Floats] | None,
 ) -> Floats:
     """One picture; the order of the draws from `stream` is that of the diffusers pipelines."""
@@ -173,7 +153,7 @@ async def _paint_one(
     latents = await denoise(
         run,
         sample=np.asarray(sample, np.float32),
-        context=context,
+        guide=guide,
         table=table,
         stream=stream,
         image=image,
@@ -207,13 +187,13 @@ async def repaint_lightly(
 ) -> list[Floats]:
     """`hires_fix`: image-to-image over the whole enlarged picture at low strength."""
     request = run.request
-    table = build_step_table(
-        request.scheduler, request.model.scheduler, request.steps, strength=request.hires_strength
-    )
+    height, width = pictures[0].shape[:2]
+    table = step_table(request, height=height, width=width, strength=request.hires_strength)
     if len(table.timesteps) == 0:
-        run.warnings.append("hires_denoising_strength times steps is below one step.")
+        run.warn("hires_denoising_strength times steps is below one step.")
         return pictures
-    context = context_rows(run, conditioning.negative, conditioning.prompt)
+    height, width = pictures[0].shape[:2]
+    guide = conditioning.guide(run, height=height, width=width)
 
     async def repaint_one(image: int, picture: Floats, seed: int) -> Floats:
         stream = TorchNormal(seed)
@@ -224,7 +204,7 @@ async def repaint_lightly(
         latents = await denoise(
             run,
             sample=np.asarray(sample, np.float32),
-            context=context,
+            guide=guide,
             table=table,
             stream=stream,
             image=image,

@@ -29,7 +29,7 @@ class LocalModels:
     def __init__(self, repository: Path, settings: Settings | None = None) -> None:
         self.repository = Repository(repository)
         self.settings = settings or Settings()
-        self.loras = LoraStore(self.settings.lora_dir, layout=None, byte_limit=0)
+        self.loras = LoraStore(self.settings.lora_dir)
         self._folder = repository
         self._engines: dict[str, Engine] = {}
         self._denoisers: dict[str, Denoiser] = {}
@@ -109,7 +109,7 @@ class LocalModels:
         """Run the graph."""
         return await generate(
             run,
-            tokenizer=self.repository.tokenizer(run.request.model),
+            tokenizers=self.repository.tokenizers(run.request.model),
             upscaler=self.repository.upscaler,
         )
 

@@ -1,4 +1,4 @@
-"""LoRA files to the rows of the denoiser's bank, and sums of several LoRAs.
+"""LoRAs as rows of a network's bank, and sums of several LoRAs.
 
 A LoRA adds ``(alpha / rank) B A`` to a layer's weight. In the bank a layer owns ``in`` rows of
 ``A`` transposed and ``out`` rows of ``B``, each r wide (see `closeup.manifest.LoraLayout`). The
@@ -13,38 +13,32 @@ and Young 1936 for the approximation.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from closeup.errors import RequestError
-from closeup.lora_files import FileError, StoredTensor, StoredTensors, read_safetensors
-from closeup.lora_keys import LayerNames, ModuleKeys, group_keys
-from closeup.lora_scales import Scales
-from closeup.manifest import LoraLayer, LoraLayout
+from closeup.manifest import LoraLayout
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LoraWeights:
-    """One LoRA, or a sum of several, laid out for the bank.
+    """One LoRA, or a sum of several, laid out for one network's bank.
 
     Attributes:
         name: for messages.
         rows: (M, r) float32, r >= 1; alpha, rank and weight are folded into the rows of B.
         ranks: columns that each layer of the layout really uses, 0 for layers it leaves alone.
-        text_encoder_modules: modules of text encoders in the file, which were ignored.
         warnings: sentences for the user.
     """
 
     name: str
     rows: Floats
     ranks: tuple[int, ...]
-    text_encoder_modules: int = 0
     warnings: tuple[str, ...] = ()
 
     @property
@@ -54,7 +48,28 @@ class LoraWeights:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Factors:
+class Lora:
+    """One LoRA, for all networks of a pipeline.
+
+    Attributes:
+        name: for messages.
+        networks: rows by network (``denoiser``, ``text_encoder``, ``text_encoder_2``), only of
+            those it adapts.
+        warnings: sentences for the user that concern no network in particular.
+    """
+
+    name: str
+    networks: Mapping[str, LoraWeights]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the rows."""
+        return sum(weights.rows.nbytes for weights in self.networks.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Factors:
     """``up @ down.T`` for one layer: down (in, r), up (out, r), float32."""
 
     down: Floats
@@ -62,33 +77,8 @@ class _Factors:
 
     @property
     def rank(self) -> int:
+        """Columns of both."""
         return int(self.down.shape[1])
-
-
-def read_lora(path: Path, layout: LoraLayout, *, name: str | None = None) -> LoraWeights:
-    """Read a LoRA file for the model that ``layout`` belongs to.
-
-    Scale per layer: the file's ``alpha`` over its rank; without one, what the header's
-    ``lora_adapter_metadata`` (diffusers, PEFT) says; without that, 1.
-
-    Args:
-        path: a safetensors file in PEFT, diffusers or kohya style, F32, F16, BF16 or F64.
-        layout: of the model's bank.
-        name: what messages call it; the file's name when None.
-
-    Returns:
-        The rows, as wide as the file's largest rank but at most ``layout.max_rank``; a wider file
-        is approximated, with a warning that states the relative error.
-
-    Raises:
-        RequestError: the file is damaged, no plain LoRA, holds values that are not finite, or was
-            made for another model; the sentence names the first offending layer.
-    """
-    name = path.stem if name is None else name
-    try:
-        return _weights_from_stored(name, read_safetensors(path), layout)
-    except FileError as error:
-        raise RequestError({"prompt": f"the LoRA {name!r} {error}"}) from error
 
 
 def combine_loras(
@@ -114,7 +104,7 @@ def combine_loras(
         return LoraWeights(name=name, rows=_scaled(lora.rows, weight, layout), ranks=lora.ranks,
                            warnings=warnings)  # fmt: skip
     factors = _concatenated(used, layout)
-    return _packed(name, factors, layout, limit, warnings=warnings)
+    return pack_factors(name, factors, layout, limit, warnings=warnings)
 
 
 def zero_rows(layout: LoraLayout, rank: int = 1) -> Floats:
@@ -128,116 +118,66 @@ def layer_starts(layout: LoraLayout) -> npt.NDArray[np.int64]:
     return np.cumsum([0, *sizes[:-1]], dtype=np.int64)
 
 
-def balanced_rows(rows: Floats, layout: LoraLayout) -> Floats:
+def balanced_rows(
+    rows: Floats, layout: LoraLayout, dtype: npt.DTypeLike = np.float32
+) -> npt.NDArray[Any]:
     """Return the same LoRA with A and B of equal size, for a bank of float16.
 
     The scale folded into B often makes its values subnormal in half precision. Every column of A
     is multiplied with a power of two, that of B divided by it, so that their largest values come
-    within a factor of two: exact, and the product stays the same.
+    within a factor of two: exact before the conversion, and the product stays the same.
 
     Args:
         rows: (M, r) float32.
         layout: of the bank.
+        dtype: of the result. What is beyond its range becomes infinite or zero.
     """
-    starts = layer_starts(layout)
-    peaks = np.maximum.reduceat(np.abs(rows), starts, axis=0).reshape(-1, 2, rows.shape[1])
-    down, up = peaks[:, 0], peaks[:, 1]
-    both = (down > 0) & (up > 0)
-    ratio = np.log2(np.where(both, up, 1)) - np.log2(np.where(both, down, 1))
-    shift = np.round(ratio / 2).astype(np.int32)
-    shifts = np.stack([shift, -shift], 1).reshape(len(starts), -1)
-    sizes = np.diff(np.append(starts, len(rows)))
-    return np.ldexp(rows, np.repeat(shifts, sizes, axis=0))
+    balanced = np.empty(rows.shape, dtype)
+    # Layer by layer: whole arrays of this size would be written to memory several times over.
+    for start, middle, end in _layer_bounds(layout):
+        down, up = rows[start:middle], rows[middle:end]
+        down_peak, up_peak = _peaks(down), _peaks(up)
+        both = (down_peak > 0) & (up_peak > 0)
+        ratio = np.log2(np.where(both, up_peak, 1)) - np.log2(np.where(both, down_peak, 1))
+        shift = np.round(ratio / 2).astype(np.int32)
+        with np.errstate(over="ignore", under="ignore"):
+            balanced[start:middle] = np.ldexp(down, shift)
+            balanced[middle:end] = np.ldexp(up, -shift)
+    return balanced
 
 
-def _weights_from_stored(name: str, stored: StoredTensors, layout: LoraLayout) -> LoraWeights:
-    grouped = group_keys(stored.tensors)
-    names = LayerNames(layout.layers)
-    scales = Scales.from_metadata(stored.metadata)
-    factors: dict[int, _Factors] = {}
-    for keys in grouped.denoiser:
-        tensors = stored.tensors[str(keys.down)], stored.tensors[str(keys.up)]
-        _check_pointwise(keys.module, *tensors)
-        place = names.find(keys.module)
-        if place is None:
-            inner, outer = tensors[0].shape[1], tensors[1].shape[0]
-            raise FileError(
-                f"was made for another model: its layer {keys.module} ({inner} to {outer} "
-                "features) is not one of those that this model adapts."
-            )
-        if place in factors:
-            raise FileError(f"adapts the layer {layout.layers[place].name} twice.")
-        layer = layout.layers[place]
-        _check_sizes(layer, *tensors)
-        alpha = None if keys.alpha is None else _alpha(keys, stored.tensors[keys.alpha])
-        factors[place] = _layer_factors(layer, tensors, alpha, scales)
-    warnings: tuple[str, ...] = ()
-    if grouped.text_encoders:
-        count = len(grouped.text_encoders)
-        warnings = (f"LoRA {name!r}: its {count} text encoder layers are ignored.",)
-    return _packed(name, factors, layout, layout.max_rank, warnings=warnings,
-                   text_encoder_modules=len(grouped.text_encoders))  # fmt: skip
+def _peaks(rows: Floats) -> Floats:
+    peaks: Floats = np.maximum(rows.max(0), -rows.min(0))
+    return peaks
 
 
-def _check_pointwise(module: str, down: StoredTensor, up: StoredTensor) -> None:
-    for tensor in (down, up):
-        if len(tensor.shape) == 4 and tensor.shape[2:] != (1, 1):
-            height, width = tensor.shape[2:]
-            raise FileError(
-                f"adapts the {height}x{width} convolution {module} (LoCon), which this server "
-                "does not apply: retrain it without convolution layers."
-            )
-        if len(tensor.shape) not in (2, 4):
-            raise FileError(f"is damaged: {module} has a factor of shape {tensor.shape}.")
-    if down.shape[0] != up.shape[1] or down.shape[0] == 0:
-        raise FileError(
-            f"is damaged: the factors of {module} have ranks {down.shape[0]} and {up.shape[1]}."
-        )
+def _layer_bounds(layout: LoraLayout) -> Iterator[tuple[int, int, int]]:
+    """First row of A, first row of B and the end, of each layer."""
+    start = 0
+    for layer in layout.layers:
+        middle = start + layer.in_features
+        end = middle + layer.out_features
+        yield start, middle, end
+        start = end
 
 
-def _check_sizes(layer: LoraLayer, down: StoredTensor, up: StoredTensor) -> None:
-    given = down.shape[1], up.shape[0]
-    expected = layer.in_features, layer.out_features
-    if given != expected:
-        raise FileError(
-            f"was made for another model: its layer {layer.name} maps {given[0]} to {given[1]} "
-            f"features, this model's maps {expected[0]} to {expected[1]}."
-        )
-
-
-def _alpha(keys: ModuleKeys, tensor: StoredTensor) -> float:
-    values = tensor.floats().reshape(-1)
-    if len(values) != 1 or not np.isfinite(values[0]):
-        raise FileError(f"is damaged: the alpha of {keys.module} is not one finite number.")
-    return float(values[0])
-
-
-def _layer_factors(
-    layer: LoraLayer,
-    tensors: tuple[StoredTensor, StoredTensor],
-    alpha: float | None,
-    scales: Scales,
-) -> _Factors:
-    rank = tensors[0].shape[0]
-    down = tensors[0].floats().reshape(rank, layer.in_features).T
-    up = tensors[1].floats().reshape(layer.out_features, rank)
-    if not (np.isfinite(down).all() and np.isfinite(up).all()):
-        raise FileError(f"is damaged: the layer {layer.name} holds values that are not finite.")
-    scale = scales.scale(layer.name, rank) if alpha is None else alpha / rank
-    with np.errstate(over="ignore"):  # an overflow shows in the picture of this LoRA alone
-        return _Factors(down=down, up=up * np.float32(scale))
-
-
-def _packed(
+def pack_factors(
     name: str,
-    factors: Mapping[int, _Factors],
+    factors: Mapping[int, Factors],
     layout: LoraLayout,
     limit: int,
     *,
     warnings: tuple[str, ...] = (),
-    text_encoder_modules: int = 0,
 ) -> LoraWeights:
-    """Lay factors out as rows, approximating layers that are wider than ``limit``."""
+    """Lay factors out as rows, approximating layers that are wider than ``limit``.
+
+    Args:
+        name: of the LoRA, for the warning.
+        factors: by place in the layout.
+        layout: of the bank.
+        limit: the largest rank.
+        warnings: to be carried on.
+    """
     widest = max((item.rank for item in factors.values()), default=1)
     rows = zero_rows(layout, min(widest, limit))
     ranks = [0] * len(layout.layers)
@@ -258,11 +198,10 @@ def _packed(
             f"LoRA {name!r}: rank {widest} was reduced to {limit}, the most this model takes; the "
             f"relative error of its weights is {error:.3g}.",
         )
-    return LoraWeights(name=name, rows=rows, ranks=tuple(ranks), warnings=warnings,
-                       text_encoder_modules=text_encoder_modules)  # fmt: skip
+    return LoraWeights(name=name, rows=rows, ranks=tuple(ranks), warnings=warnings)
 
 
-def _compressed(item: _Factors, limit: int) -> tuple[_Factors, float, float]:
+def _compressed(item: Factors, limit: int) -> tuple[Factors, float, float]:
     """Return the best approximation of rank ``limit`` and the squared norms lost and in all.
 
     The singular values of ``B A`` are those of the small core ``R_B R_A^T`` of the factors' QR
@@ -279,7 +218,7 @@ def _compressed(item: _Factors, limit: int) -> tuple[_Factors, float, float]:
     count = min(limit, len(values))
     root = np.sqrt(values[:count])
     with np.errstate(over="ignore"):
-        kept = _Factors(
+        kept = Factors(
             down=(down_q @ (right[:count].T * root)).astype(np.float32),
             up=(up_q @ (left[:, :count] * root)).astype(np.float32),
         )
@@ -289,18 +228,18 @@ def _compressed(item: _Factors, limit: int) -> tuple[_Factors, float, float]:
 def _scaled(rows: Floats, weight: float, layout: LoraLayout) -> Floats:
     if weight == 1:
         return rows
-    starts = layer_starts(layout)
-    factors = np.tile(np.array([1, weight], np.float32), len(layout.layers))
-    sizes = np.diff(np.append(starts, len(rows)))
+    scaled = rows.copy()
     with np.errstate(over="ignore"):
-        return rows * np.repeat(factors, sizes)[:, None]
+        for _, middle, end in _layer_bounds(layout):
+            scaled[middle:end] *= np.float32(weight)
+    return scaled
 
 
 def _concatenated(
     parts: Sequence[tuple[LoraWeights, float]], layout: LoraLayout
-) -> dict[int, _Factors]:
+) -> dict[int, Factors]:
     starts = layer_starts(layout)
-    factors: dict[int, _Factors] = {}
+    factors: dict[int, Factors] = {}
     for place, layer in enumerate(layout.layers):
         here = [(lora, weight) for lora, weight in parts if lora.ranks[place]]
         if not here:
@@ -311,5 +250,5 @@ def _concatenated(
             ups = [lora.rows[middle:end, : lora.ranks[place]] * np.float32(weight)
                    for lora, weight in here]  # fmt: skip
         downs = [lora.rows[start:middle, : lora.ranks[place]] for lora, _ in here]
-        factors[place] = _Factors(down=np.concatenate(downs, 1), up=np.concatenate(ups, 1))
+        factors[place] = Factors(down=np.concatenate(downs, 1), up=np.concatenate(ups, 1))
     return factors

@@ -1,15 +1,17 @@
-"""The resident LoRA vectors that the denoiser's engine gathers from.
+"""The resident LoRA vectors that the engines of one pipeline gather from.
 
-A row of the bank is one adapter: a LoRA with its weight, or a sum of several. Files are read and
-sums made before any lock of the bank is taken, and `LoraBank.array`, which every denoising step
-calls, takes no lock at all.
+A row of the bank is one adapter: a LoRA with its weight, or a sum of several. It lies at the same
+place in an array for each network (the denoiser, and text encoders with LoRA inputs). Files are
+read and sums made before any lock of the bank is taken, and `LoraBank.array`, which every
+denoising step calls, takes no lock at all.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from closeup.errors import UnavailableError
-from closeup.lora import Floats, LoraWeights, balanced_rows, combine_loras
+from closeup.lora import LoraWeights, balanced_rows, combine_loras
+from closeup.lora_keys import DENOISER
 from closeup.lora_store import FileVersion, LoraStore
 from closeup.manifest import LoraLayout
 
@@ -32,12 +35,18 @@ class LoraLease:
     """A row in use; give it back with `LoraBank.release`.
 
     Attributes:
-        row: for the engine's ``lora_row``; 0 for no LoRA.
+        row: what is leased; 0 for no LoRA.
+        networks: those in which the row holds anything.
         warnings: sentences for the user.
     """
 
     row: int
+    networks: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
+
+    def row_in(self, network: str) -> int:
+        """Return the engine's ``lora_row`` for a network; 0 where the LoRAs change nothing."""
+        return self.row if network in self.networks else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +59,7 @@ class BankCounters:
         in_use: rows that a lease keeps.
         hits: leases of an adapter that was resident.
         misses: leases that had to load one.
-        array_bytes: size of the array; pages never written take no memory.
+        array_bytes: size of the arrays; pages never written take no memory.
     """
 
     rows: int
@@ -66,10 +75,22 @@ class _Row:
     key: _Key
     row: int
     leases: int = 1
-    rank: int = 0
+    ranks: dict[str, int] = field(default_factory=dict)  # by network; only where it has any
     warnings: tuple[str, ...] = ()
     failure: BaseException | None = None
     ready: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BankView:
+    """One network's part of a bank, as its engine's caller needs it."""
+
+    bank: LoraBank
+    network: str
+
+    def array(self, rows: Sequence[int]) -> Array:
+        """Return `LoraBank.array` of the network."""
+        return self.bank.array(rows, self.network)
 
 
 class LoraBank:
@@ -77,32 +98,41 @@ class LoraBank:
 
     Args:
         store: where LoRAs come from.
-        layout: of the engine's bank.
+        layouts: of the engines' banks, by network.
         rows: adapters that may be resident at once, S - 1.
-        dtype: of the engine's input ``lora``: float32 or float16.
+        dtypes: of the engines' inputs ``lora``: float32 or float16; float32 where left out.
     """
 
     def __init__(
         self,
         store: LoraStore,
-        layout: LoraLayout,
+        layouts: Mapping[str, LoraLayout],
         *,
         rows: int,
-        dtype: npt.DTypeLike = np.float32,
+        dtypes: Mapping[str, npt.DTypeLike] | None = None,
     ) -> None:
         if rows < 1:
             raise ValueError(f"the LoRA bank needs 1 row or more, not {rows}")
         self._store = store
-        self._layout = layout
-        self._dtype = np.dtype(dtype)
-        self._zero: Array = np.zeros((1, layout.rows, 1), self._dtype)
-        self._array: Array = np.zeros((rows + 1, layout.rows, self._width(1)), self._dtype)
+        self._layouts = dict(layouts)
+        self._zeros: dict[str, Array] = {}
+        self._arrays: dict[str, Array] = {}
+        for network, layout in layouts.items():
+            dtype = np.dtype((dtypes or {}).get(network, np.float32))
+            self._zeros[network] = np.zeros((1, layout.rows, 1), dtype)
+            shape = rows + 1, layout.rows, self._width(network, 1)
+            self._arrays[network] = np.zeros(shape, dtype)
+        self._rows = rows
         self._free = list(range(rows, 0, -1))
         self._by_key: OrderedDict[_Key, _Row] = OrderedDict()  # least recently used first
         self._by_row: dict[int, _Row] = {}
         self._hits = self._misses = 0
         self._lock = threading.Lock()  # of the fields above but the arrays; held for moments
-        self._writing = threading.Lock()  # of the array's content and width
+        self._writing = threading.Lock()  # of the arrays' content and widths
+
+    def view(self, network: str) -> BankView:
+        """Return a network's part."""
+        return BankView(self, network)
 
     def acquire(self, loras: Sequence[tuple[str, float]]) -> LoraLease:
         """Make a sum of LoRAs resident and keep it so until it is released.
@@ -131,7 +161,7 @@ class LoraBank:
             row.ready.wait()
             if row.failure is not None:
                 raise row.failure
-        return LoraLease(row=row.row, warnings=row.warnings)
+        return LoraLease(row=row.row, networks=frozenset(row.ranks), warnings=row.warnings)
 
     def release(self, row: int) -> None:
         """Give a lease back; the adapter stays resident until its row is needed.
@@ -148,24 +178,24 @@ class LoraBank:
             entry.leases -= 1
             self._by_key.move_to_end(entry.key)
 
-    def array(self, rows: Sequence[int]) -> Array:
+    def array(self, rows: Sequence[int], network: str = DENOISER) -> Array:
         """Return the bank for a call that uses ``rows``: (S, M, r), or (1, M, 1) when all are 0.
 
         Takes no lock. The array must not be changed; rows that are not leased may change while it
         is read. r is the largest rank of a resident adapter, rounded up to a multiple of 8.
         """
-        return self._array if any(rows) else self._zero
+        return self._arrays[network] if any(rows) else self._zeros[network]
 
     def counters(self) -> BankCounters:
         """Return the state."""
         with self._lock:
             return BankCounters(
-                rows=len(self._array) - 1,
+                rows=self._rows,
                 resident=len(self._by_row),
                 in_use=sum(row.leases > 0 for row in self._by_row.values()),
                 hits=self._hits,
                 misses=self._misses,
-                array_bytes=self._array.nbytes,
+                array_bytes=sum(array.nbytes for array in self._arrays.values()),
             )
 
     def _key(self, loras: Sequence[tuple[str, float]]) -> _Key:
@@ -206,11 +236,17 @@ class LoraBank:
 
     def _fill(self, row: _Row) -> None:
         try:
-            weights = combine_loras(
-                [(self._store.load(lora_id), weight) for lora_id, _, weight in row.key],
-                self._layout,
-            )
-            self._write(row, weights)
+            loras = [(self._store.load(lora_id), weight) for lora_id, _, weight in row.key]
+            sums = {}
+            for network, layout in self._layouts.items():
+                parts = [(lora.networks[network], weight) for lora, weight in loras
+                         if network in lora.networks]  # fmt: skip
+                if parts:
+                    sums[network] = combine_loras(parts, layout)
+            warnings = [lora.warnings for lora, _ in loras]
+            warnings += [weights.warnings for weights in sums.values()]
+            row.warnings = tuple(itertools.chain.from_iterable(warnings))
+            self._write(row, sums)
         except BaseException as error:
             with self._lock:
                 del self._by_key[row.key], self._by_row[row.row]
@@ -220,35 +256,38 @@ class LoraBank:
         finally:
             row.ready.set()
 
-    def _write(self, row: _Row, weights: LoraWeights) -> None:
-        values = self._converted(weights.rows)
+    def _write(self, row: _Row, sums: Mapping[str, LoraWeights]) -> None:
+        values = {network: self._converted(network, weights) for network, weights in sums.items()}
         with self._writing:
-            row.rank, row.warnings = weights.rank, weights.warnings
-            self._fit_width()
-            target = self._array[row.row]
-            target[:, : row.rank] = values
-            target[:, row.rank :] = 0
+            with self._lock:  # what another thread's `_fit_width` iterates over
+                row.ranks = {network: weights.rank for network, weights in sums.items()}
+            for network, rank in row.ranks.items():
+                self._fit_width(network)
+                target = self._arrays[network][row.row]
+                target[:, :rank] = values[network]
+                target[:, rank:] = 0
 
-    def _fit_width(self) -> None:
-        """Make the array as wide as the widest resident adapter, or up to twice that."""
+    def _fit_width(self, network: str) -> None:
+        """Make an array as wide as the widest resident adapter, or up to twice that."""
         with self._lock:
-            resident = [row for row in self._by_row.values() if row.rank]
-        old = self._array
-        width = self._width(max(row.rank for row in resident))
+            ranks = {row.row: row.ranks[network] for row in self._by_row.values()
+                     if network in row.ranks}  # fmt: skip
+        old = self._arrays[network]
+        width = self._width(network, max(ranks.values()))
         if old.shape[2] >= width > old.shape[2] // 2:
             return
         new = np.zeros((*old.shape[:2], width), old.dtype)
-        for row in resident:
-            kept = min(row.rank, old.shape[2])
-            new[row.row, :, :kept] = old[row.row, :, :kept]
-        self._array = new  # readers have either the old array or the new one, both whole
+        for row, rank in ranks.items():
+            kept = min(rank, old.shape[2])
+            new[row, :, :kept] = old[row, :, :kept]
+        self._arrays[network] = new  # readers have the old array or the new one, both whole
 
-    def _width(self, rank: int) -> int:
+    def _width(self, network: str, rank: int) -> int:
         """Round up to a multiple of 8, but not past the engine's largest rank."""
-        return min(-(-rank // _RANK_STEP) * _RANK_STEP, self._layout.max_rank)
+        return min(-(-rank // _RANK_STEP) * _RANK_STEP, self._layouts[network].max_rank)
 
-    def _converted(self, rows: Floats) -> Array:
-        if self._dtype == np.float32:
-            return rows
-        with np.errstate(over="ignore", under="ignore"):  # overflow: in this adapter's row alone
-            return balanced_rows(rows, self._layout).astype(self._dtype)
+    def _converted(self, network: str, weights: LoraWeights) -> Array:
+        dtype = self._arrays[network].dtype
+        if dtype == np.float32:
+            return weights.rows
+        return balanced_rows(weights.rows, self._layouts[network], dtype)

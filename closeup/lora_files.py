@@ -36,6 +36,10 @@ class FileError(Exception):
     """What is wrong with a file, as the end of a sentence that starts with its name."""
 
 
+class UnreadableError(FileError):
+    """The file system gave no content."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StoredTensor:
     """One tensor of a file.
@@ -84,13 +88,14 @@ def read_safetensors(path: Path) -> StoredTensors:
     """Read a safetensors file.
 
     Raises:
-        FileError: missing, unreadable, too large, truncated or damaged.
+        UnreadableError: missing or unreadable.
+        FileError: too large, truncated or damaged.
     """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise FileError(f"cannot be read ({error.strerror}).") from error
+        raise UnreadableError(f"cannot be read ({error.strerror}).") from error
     if len(data) > MAX_FILE_BYTES:
         raise FileError(f"is larger than {MAX_FILE_BYTES >> 30} GiB, too large for a LoRA.")
     return _parse(memoryview(data))

@@ -1,19 +1,20 @@
-"""How LoRA files name their tensors: PEFT, diffusers (new and old) and kohya styles.
+"""How LoRA files name their tensors: PEFT, diffusers (new and old), kohya and original styles.
 
-A key is a module and a part (down, up, alpha). Modules come dotted, as diffusers spells them, or
-with every dot turned into an underscore (kohya), and the blocks may be counted as in the original
-Stable Diffusion code. All are looked up in one table made from the layout, so nothing is guessed
-back from underscores.
+A key is a network's prefix, a module and a part (down, up, alpha). Modules come dotted or with
+every dot turned into an underscore (kohya); `closeup.lora_names` finds the layers they mean.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from closeup.lora_files import FileError
-from closeup.manifest import LoraLayer
+
+DENOISER = "denoiser"
+TEXT_ENCODER = "text_encoder"
+TEXT_ENCODER_2 = "text_encoder_2"
 
 _DOWN_UP: Mapping[str, str] = {"A": "down", "B": "up", "down": "down", "up": "up"}
 _ENDINGS = (
@@ -21,6 +22,7 @@ _ENDINGS = (
     re.compile(r"(.+)\.lora_(down|up)\.weight"),  # kohya
     re.compile(r"(.+)\.lora(?:_linear_layer)?\.(down|up)\.weight"),  # diffusers
     re.compile(r"(.+)_lora\.(down|up)\.weight"),  # diffusers' old attention processors
+    re.compile(r"(.+_lora[12])\.(down|up)\.weight"),  # XLabs' attention processors
 )
 _ALPHA = ".alpha"
 
@@ -37,12 +39,28 @@ _REFUSED = (
     (re.compile(r"\.[wb]_norm$"), "norm"),
 )
 
-_WRAPPERS = ("base_model.model.",)
-_DENOISERS = ("unet.", "transformer.", "model.diffusion_model.", "diffusion_model.", "lora_unet_",
-              "lora_transformer_")  # fmt: skip
-_TEXT_ENCODERS = re.compile(
-    r"(?:text_encoder(?:_\d)?|text_model|text_encoders|conditioner|cond_stage_model)\.|lora_te\d?_"
+_WRAPPER = "base_model.model."
+# The first that fits names the network; the module goes on behind it.
+_PREFIXES: tuple[tuple[str, str], ...] = (
+    ("unet.", DENOISER),
+    ("transformer.", DENOISER),
+    ("model.diffusion_model.", DENOISER),
+    ("diffusion_model.", DENOISER),
+    ("lora_unet_", DENOISER),
+    ("lora_transformer_", DENOISER),
+    ("text_encoder.", TEXT_ENCODER),
+    ("lora_te_", TEXT_ENCODER),
+    ("lora_te1_", TEXT_ENCODER),
+    ("text_encoders.clip_l.transformer.", TEXT_ENCODER),
+    ("cond_stage_model.transformer.", TEXT_ENCODER),
+    ("conditioner.embedders.0.transformer.", TEXT_ENCODER),
+    ("text_encoder_2.", TEXT_ENCODER_2),
+    ("lora_te2_", TEXT_ENCODER_2),
+    ("text_encoders.clip_g.transformer.", TEXT_ENCODER_2),
+    ("conditioner.embedders.1.", TEXT_ENCODER_2),
 )
+_T5_PREFIXES = ("text_encoder_3.", "lora_te3_", "text_encoders.t5")
+_T5_MODULE = re.compile(r"(?:transformer[._])?encoder[._]block[._]\d+[._]layer[._]")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,56 +69,47 @@ class ModuleKeys:
 
     Attributes:
         module: as the file spells it.
+        network: ``denoiser``, ``text_encoder`` or ``text_encoder_2``.
+        inner: the module within the network, dotted or with underscores.
         down: name of A, (r, in) or (r, in, 1, 1).
         up: name of B, (out, r) or (out, r, 1, 1).
         alpha: name of the scalar, None when there is none.
     """
 
     module: str
+    network: str
+    inner: str
     down: str | None = None
     up: str | None = None
     alpha: str | None = None
 
 
-@dataclass(kw_only=True, slots=True)
-class GroupedKeys:
-    """The keys of a file.
-
-    Attributes:
-        denoiser: modules of the denoiser, in the file's order.
-        text_encoders: modules of text encoders.
-    """
-
-    denoiser: list[ModuleKeys] = field(default_factory=list)
-    text_encoders: list[ModuleKeys] = field(default_factory=list)
-
-
-def group_keys(names: Iterable[str]) -> GroupedKeys:
-    """Sort a file's tensor names by module.
+def group_keys(names: Iterable[str]) -> list[ModuleKeys]:
+    """Sort a file's tensor names by module, in the file's order.
 
     Raises:
-        FileError: a name that is no LoRA's, belongs to a method that cannot be applied, or a
-            module without one of its two factors.
+        FileError: a name that is no LoRA's, belongs to a method or a text encoder that is not
+            served, or a module without one of its two factors.
     """
     names = list(names)
     _refuse_other_methods(names)
     modules: dict[str, ModuleKeys] = {}
     for name in names:
         module, part = _split_key(name)
-        keys = modules.setdefault(module, ModuleKeys(module=module))
+        if module not in modules:
+            network, inner = _split_module(module)
+            modules[module] = ModuleKeys(module=module, network=network, inner=inner)
+        keys = modules[module]
         if getattr(keys, part) is not None:
             raise FileError(f"has two {part} tensors for the layer {module}.")
         setattr(keys, part, name)
-    grouped = GroupedKeys()
     for keys in modules.values():
         if keys.down is None or keys.up is None:
             lacking = "down (A)" if keys.down is None else "up (B)"
             raise FileError(f"is incomplete: the layer {keys.module} has no {lacking} tensor.")
-        is_text = _TEXT_ENCODERS.match(_unwrapped(keys.module))
-        (grouped.text_encoders if is_text else grouped.denoiser).append(keys)
     if not modules:
         raise FileError("holds no tensors.")
-    return grouped
+    return list(modules.values())
 
 
 def _refuse_other_methods(names: Iterable[str]) -> None:
@@ -113,76 +122,6 @@ def _refuse_other_methods(names: Iterable[str]) -> None:
                 )
 
 
-class LayerNames:
-    """Finds a layer of the bank by any of the spellings a file may use for it.
-
-    Args:
-        layers: of the layout, named as in diffusers.
-    """
-
-    def __init__(self, layers: Sequence[LoraLayer]) -> None:
-        self._places: dict[str, int] = {}
-        names = [layer.name for layer in layers]
-        per_block = _layers_per_block(names)
-        for aliases in (
-            names,
-            [name.removesuffix(".0") if name.endswith(".to_out.0") else name for name in names],
-            [original_name(name, per_block) for name in names],
-        ):
-            for place, alias in enumerate(aliases):
-                self._places.setdefault(alias, place)
-                self._places.setdefault(alias.replace(".", "_"), place)
-
-    def find(self, module: str) -> int | None:
-        """Return the place in the layout of a file's module, None when it is not there."""
-        name = _unwrapped(module)
-        for prefix in ("", *_DENOISERS):
-            if name.startswith(prefix):
-                place = self._places.get(name.removeprefix(prefix).replace(".processor", ""))
-                if place is not None:
-                    return place
-        return None
-
-
-def original_name(name: str, layers_per_block: int) -> str:
-    """Return how the original Stable Diffusion code calls a UNet module of diffusers.
-
-    Args:
-        name: such as ``down_blocks.1.attentions.0.proj_in``.
-        layers_per_block: residual blocks of a down block.
-
-    Returns:
-        Such as ``input_blocks.4.1.proj_in``; the name itself when it has no such form.
-    """
-    for ours, theirs in _ORIGINAL_LEAVES.items():
-        name = name.replace(ours, theirs)
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", name)
-    if match:
-        index = int(match[2]) * (layers_per_block + 1) + int(match[4])
-        block = f"input_blocks.{index + 1}" if match[1] == "down" else f"output_blocks.{index}"
-        return f"{block}.{int(match[3] == 'attentions')}.{match[5]}"
-    match = re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name)
-    if match:
-        index = 2 * int(match[2]) + int(match[1] == "attentions")
-        return f"middle_block.{index}.{match[3]}"
-    return name
-
-
-_ORIGINAL_LEAVES: Mapping[str, str] = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
-
-
-def _layers_per_block(names: Iterable[str]) -> int:
-    found = (re.match(r"down_blocks\.\d+\.(?:resnets|attentions)\.(\d+)\.", name) for name in names)
-    return 1 + max((int(match[1]) for match in found if match), default=1)
-
-
 def _split_key(name: str) -> tuple[str, str]:
     if name.endswith(_ALPHA):
         return name.removesuffix(_ALPHA), "alpha"
@@ -193,7 +132,24 @@ def _split_key(name: str) -> tuple[str, str]:
     raise FileError(f"has a tensor {name[:120]!r} that is not part of a LoRA this server knows.")
 
 
-def _unwrapped(module: str) -> str:
-    for wrapper in _WRAPPERS:
-        module = module.removeprefix(wrapper)
-    return module
+def _split_module(module: str) -> tuple[str, str]:
+    """Return the network and the module within it."""
+    name = module.removeprefix(_WRAPPER)
+    if name.startswith(_T5_PREFIXES):
+        raise _t5_error(module)
+    if name.startswith("text_model."):  # PEFT around a text encoder alone
+        return TEXT_ENCODER, name
+    for prefix, network in _PREFIXES:
+        if name.startswith(prefix):
+            inner = name.removeprefix(prefix).removeprefix(_WRAPPER)
+            if network != DENOISER and _T5_MODULE.match(inner):
+                raise _t5_error(module)
+            return network, inner
+    return DENOISER, name
+
+
+def _t5_error(module: str) -> FileError:
+    return FileError(
+        f"has weights for a T5 text encoder ({module}), which this server does not apply: retrain "
+        "it without T5."
+    )

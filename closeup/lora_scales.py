@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from closeup.lora_files import FileError
+from closeup.lora_keys import DENOISER
 
 _ADAPTER_METADATA = "lora_adapter_metadata"
 _LARGEST = 1e6  # far beyond any alpha; what is larger counts as nothing said
@@ -35,13 +36,17 @@ class Scales:
     rank_stabilised: bool = False
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> Scales:
+    def from_metadata(cls, metadata: Mapping[str, str], network: str = DENOISER) -> Scales:
         """Read what diffusers and PEFT write; anything else counts as nothing said.
+
+        Args:
+            metadata: the header's entries.
+            network: whose layers are meant; entries without a prefix are meant for all.
 
         Raises:
             FileError: it says that the file is a DoRA.
         """
-        config = _adapter_config(metadata)
+        config = _adapter_config(metadata, network)
         if config.get("use_dora"):
             raise FileError("was trained as DoRA, which this server does not apply.")
         alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern")
@@ -68,8 +73,8 @@ class Scales:
         return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
 
 
-def _adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The denoiser's entries of the adapter metadata, without their prefix."""
+def _adapter_config(metadata: Mapping[str, str], network: str) -> dict[str, Any]:
+    """The network's entries of the adapter metadata, without their prefix."""
     try:
         config = json.loads(metadata.get(_ADAPTER_METADATA, "{}"))
     except (ValueError, RecursionError):
@@ -77,7 +82,7 @@ def _adapter_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         return {}
     plain = {key: value for key, value in config.items() if "." not in key}
-    for prefix in ("unet.", "transformer."):
+    for prefix in ("unet.", "transformer.") if network == DENOISER else (f"{network}.",):
         plain.update(
             {key.removeprefix(prefix): value for key, value in config.items()
              if key.startswith(prefix)}

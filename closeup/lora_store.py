@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from closeup.errors import RequestError
-from closeup.lora import LoraWeights, read_lora
-from closeup.manifest import LoraLayout
+from closeup.lora import Lora
+from closeup.lora_files import UnreadableError
+from closeup.lora_read import Layouts, read_lora
 from closeup.prompt import is_lora_id
 
 SUFFIX = ".safetensors"
 _NAMES_IN_MESSAGE = 5
+_REFUSALS_KEPT = 256
 
 
 class FileVersion(NamedTuple):
@@ -53,7 +55,22 @@ class StoreCounters:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Held:
     version: FileVersion
-    weights: LoraWeights
+    lora: Lora
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraEntry:
+    """One file of the folder.
+
+    Attributes:
+        id: what prompts call it.
+        size_bytes: of the file.
+        networks: what it adapts; None while it is not in memory.
+    """
+
+    id: str
+    size_bytes: int
+    networks: tuple[str, ...] | None
 
 
 class LoraStore:
@@ -61,17 +78,22 @@ class LoraStore:
 
     Args:
         folder: where the files are; None when there is none.
-        layout: of the model's bank; None when it was exported without LoRA inputs.
+        layouts: of the model's banks, by network (see `closeup.lora_read`); None, or nothing but
+            None in it, when it was exported without LoRA inputs.
         byte_limit: size of what is kept in memory, least recently used dropped first. A LoRA
             larger than that is loaded each time.
     """
 
-    def __init__(self, folder: Path | None, layout: LoraLayout | None, byte_limit: int) -> None:
+    def __init__(
+        self, folder: Path | None, layouts: Layouts | None = None, byte_limit: int = 0
+    ) -> None:
         self._folder = folder
-        self._layout = layout
+        self._layouts = dict(layouts or {})
+        self._takes_loras = any(layout is not None for layout in self._layouts.values())
         self._byte_limit = byte_limit
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._held_bytes = 0
+        self._refused: OrderedDict[str, tuple[FileVersion, dict[str, str]]] = OrderedDict()
         self._hits = self._misses = self._evictions = 0
         self._lock = threading.Lock()  # of the fields above; never held while a file is read
         self._loading: dict[str, threading.Lock] = {}
@@ -83,6 +105,17 @@ class LoraStore:
         names = (entry.name for entry in self._folder.iterdir())
         ids = (name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX))
         return sorted(name for name in ids if self.known(name))
+
+    def entries(self) -> list[LoraEntry]:
+        """Return what `ids` names with each file's size; no file is read."""
+        found = [(lora_id, self._find(lora_id)) for lora_id in self.ids()]
+        with self._lock:
+            held = {lora_id: tuple(one.lora.networks) for lora_id, one in self._held.items()}
+        return [
+            LoraEntry(id=lora_id, size_bytes=file[1].size_bytes, networks=held.get(lora_id))
+            for lora_id, file in found
+            if file is not None
+        ]
 
     def known(self, lora_id: str) -> bool:
         """Whether there is such a file; one look at the file system, nothing is read."""
@@ -103,7 +136,7 @@ class LoraStore:
         Raises:
             RequestError: see `check`.
         """
-        if self._layout is None:
+        if not self._takes_loras:
             raise RequestError(
                 {
                     "prompt": f"LoRA {lora_id!r} cannot be used: this model was exported without "
@@ -115,12 +148,13 @@ class LoraStore:
             raise RequestError({"prompt": self._unknown(lora_id)})
         return found[1]
 
-    def load(self, lora_id: str) -> LoraWeights:
+    def load(self, lora_id: str) -> Lora:
         """Return a LoRA, from memory when its file has not changed.
 
         Raises:
             RequestError: unknown id, or a file that cannot be used (see
-                `closeup.lora.read_lora`); nothing is kept of it.
+                `closeup.lora_read.read_lora`). Of such a file the sentence is kept, so that it
+                is read again only when it has changed.
         """
         self.version(lora_id)
         held = self._held_version(lora_id)
@@ -143,7 +177,7 @@ class LoraStore:
                 held_bytes=self._held_bytes,
             )
 
-    def _held_version(self, lora_id: str) -> LoraWeights | None:
+    def _held_version(self, lora_id: str) -> Lora | None:
         found = self._find(lora_id)
         with self._lock:
             held = self._held.get(lora_id)
@@ -151,30 +185,45 @@ class LoraStore:
                 return None
             self._held.move_to_end(lora_id)
             self._hits += 1
-            return held.weights
+            return held.lora
 
-    def _read(self, lora_id: str) -> LoraWeights:
+    def _read(self, lora_id: str) -> Lora:
         found = self._find(lora_id)
-        if found is None or self._layout is None:
+        if found is None:
             raise RequestError({"prompt": self._unknown(lora_id)})
         path, version = found  # taken before reading: a later write shows as another version
-        weights = read_lora(path, self._layout, name=lora_id)
+        with self._lock:
+            refused = self._refused.get(lora_id)
+        if refused is not None and refused[0] == version:
+            raise RequestError(refused[1])
+        try:
+            lora = read_lora(path, self._layouts, name=lora_id)
+        except RequestError as error:
+            self._refuse(lora_id, version, error)
+            raise
         with self._lock:
             self._misses += 1
             self._drop(lora_id)
-            size = weights.rows.nbytes
-            if size <= self._byte_limit:
-                self._held[lora_id] = _Held(version, weights)
-                self._held_bytes += size
+            if lora.size_bytes <= self._byte_limit:
+                self._held[lora_id] = _Held(version, lora)
+                self._held_bytes += lora.size_bytes
             while self._held_bytes > self._byte_limit:
                 self._drop(next(iter(self._held)))
                 self._evictions += 1
-        return weights
+        return lora
+
+    def _refuse(self, lora_id: str, version: FileVersion, error: RequestError) -> None:
+        if isinstance(error.__cause__, UnreadableError):  # may pass without a change of the file
+            return
+        with self._lock:
+            self._refused[lora_id] = version, error.problems
+            while len(self._refused) > _REFUSALS_KEPT:
+                self._refused.popitem(last=False)
 
     def _drop(self, lora_id: str) -> None:
         held = self._held.pop(lora_id, None)
         if held is not None:
-            self._held_bytes -= held.weights.rows.nbytes
+            self._held_bytes -= held.lora.size_bytes
 
     def _find(self, lora_id: str) -> tuple[Path, FileVersion] | None:
         """The regular file of an id, which must lie in the folder when links are followed."""

@@ -19,7 +19,7 @@ from closeup.families import Family, family_named
 
 INDEX_NAME = "models.json"
 MANIFEST_NAME = "manifest.json"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,16 +63,35 @@ class Tokenizer:
     Attributes:
         path: relative to the manifest's folder.
         max_tokens: length after padding, begin and end included.
-        bos_token_id: put first.
+        bos_token_id: put first; None where the family has no begin token (T5).
         eos_token_id: put after the last token that fits.
         pad_token_id: fills the rest.
     """
 
     path: str
     max_tokens: int
-    bos_token_id: int
+    bos_token_id: int | None
     eos_token_id: int
     pad_token_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextEncoder:
+    """One of a pipeline's text encoders.
+
+    Attributes:
+        name: ``text_encoder`` or ``text_encoder_2``, as in the pipeline's folder.
+        tokenizer: its own.
+        outputs: what its graph gives: ``context`` (B, L, D), ``pooled`` (B, P), or both. The
+            denoiser's context is every encoder's, joined along D; there is one pooled at most.
+        lora: layout of its LoRA inputs. An encoder that has them is run by the denoiser's
+            process, since LoRA vectors never leave it; the others are models of the repository.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    outputs: tuple[str, ...] = ("context",)
+    lora: LoraLayout | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,10 +140,13 @@ class ModelManifest:
         scaling_factor: latents the denoiser sees = (VAE latents - shift_factor) * scaling_factor.
         shift_factor: see scaling_factor.
         scheduler: the content of the pipeline's scheduler/scheduler_config.json, untouched.
-        tokenizer: of the prompt.
+        encoders: the text encoders, in the order in which their contexts are joined.
         precision: of the denoiser.
         max_batch: sequences a denoiser engine call may hold.
-        lora: layout of the LoRA inputs; None when exported with rank 0.
+        lora: layout of the denoiser's LoRA inputs; None when exported with rank 0.
+        zero_empty_negative: without a negative prompt the negative embeddings are zeros, not
+            those of an empty prompt (SDXL base).
+        guidance_embeds: the network takes the guidance scale as an input (FLUX.1 dev).
         defaults: per-model defaults.
         face_prompt_suffix: added to the prompt in the face pass.
         face_crop_factor: side of the face crop over the face box.
@@ -138,10 +160,12 @@ class ModelManifest:
     scaling_factor: float
     shift_factor: float
     scheduler: Mapping[str, Any]
-    tokenizer: Tokenizer
+    encoders: tuple[TextEncoder, ...]
     precision: str
     max_batch: int
     lora: LoraLayout | None
+    zero_empty_negative: bool = False
+    guidance_embeds: bool = False
     defaults: Defaults = field(default_factory=Defaults)
     face_prompt_suffix: str = ""
     face_crop_factor: float = 2.0
@@ -158,10 +182,9 @@ class ModelManifest:
         """Triton model that runs denoising steps."""
         return f"{self.name}_denoiser"
 
-    @property
-    def text_encoder(self) -> str:
-        """Triton model that encodes the prompt."""
-        return f"{self.name}_text_encoder"
+    def encoder_model(self, encoder: TextEncoder) -> str:
+        """Return the Triton model of a text encoder without LoRA inputs."""
+        return f"{self.name}_{encoder.name}"
 
     @property
     def vae_encoder(self) -> str:
@@ -221,7 +244,7 @@ def read_manifest(path: Path) -> ModelManifest:
     try:
         lora = data.pop("lora")
         return ModelManifest(
-            tokenizer=Tokenizer(**data.pop("tokenizer")),
+            encoders=tuple(_encoder(entry) for entry in data.pop("encoders")),
             lora=None if lora is None else _lora_layout(lora),
             defaults=Defaults(**data.pop("defaults")),
             components=tuple(_component(entry) for entry in data.pop("components")),
@@ -273,6 +296,15 @@ def read_models(repository: Path) -> dict[str, ModelManifest]:
         name: read_manifest(repository / f"{name}_denoiser" / MANIFEST_NAME)
         for name in read_index(repository)
     }
+
+
+def _encoder(data: Mapping[str, Any]) -> TextEncoder:
+    return TextEncoder(
+        name=data["name"],
+        tokenizer=Tokenizer(**data["tokenizer"]),
+        outputs=tuple(data["outputs"]),
+        lora=None if data["lora"] is None else _lora_layout(data["lora"]),
+    )
 
 
 def _lora_layout(data: Mapping[str, Any]) -> LoraLayout:

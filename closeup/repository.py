@@ -24,7 +24,7 @@ class Repository:
         self._folder = folder
         self._stamp: int | None = None
         self._models: dict[str, ModelManifest] = {}
-        self._tokenizers: dict[str, PromptTokenizer] = {}
+        self._tokenizers: dict[str, tuple[PromptTokenizer, ...]] = {}
 
     def models(self) -> dict[str, ModelManifest]:
         """Return the pipelines by name, the default first.
@@ -40,11 +40,12 @@ class Repository:
             self._stamp = stamp
         return self._models
 
-    def tokenizer(self, model: ModelManifest) -> PromptTokenizer:
-        """Return the model's tokenizer, opened at its first use."""
+    def tokenizers(self, model: ModelManifest) -> tuple[PromptTokenizer, ...]:
+        """Return the tokenizers of the model's text encoders, opened at their first use."""
         if model.name not in self._tokenizers:
-            self._tokenizers[model.name] = PromptTokenizer(
-                model.tokenizer, self._folder / model.denoiser
+            folder = self._folder / model.denoiser
+            self._tokenizers[model.name] = tuple(
+                PromptTokenizer(encoder.tokenizer, folder) for encoder in model.encoders
             )
         return self._tokenizers[model.name]
 

@@ -106,20 +106,24 @@ class Run:
         self.check()
         return await self.models.infer(name, inputs, outputs)
 
-    async def infer_floats(self, name: str, inputs: Mapping[str, Array], output: str) -> Floats:
-        """Return one output of a model, float32.
+    async def infer_floats(
+        self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]
+    ) -> dict[str, Floats]:
+        """Return outputs of a model, float32.
 
         Raises:
-            ModelError: some of its values are not finite; later stages would hide them.
+            ModelError: some of their values are not finite; later stages would hide them.
         """
-        values = (await self.infer(name, inputs, [output]))[output]
-        # The smallest and the largest need no copy, and a NaN is passed on by both.
-        if values.size and not np.isfinite([values.min(), values.max()]).all():
-            raise ModelError(
-                f"the output {output} of {name} holds values that are not finite: lower "
-                "cfg_scale or the LoRA weights; if it stays, export the model in fp32."
-            )
-        return np.asarray(values, np.float32)
+        answer = await self.infer(name, inputs, outputs)
+        for output in outputs:
+            values = answer[output]
+            # The smallest and the largest need no copy, and a NaN is passed on by both.
+            if values.size and not np.isfinite([values.min(), values.max()]).all():
+                raise ModelError(
+                    f"the output {output} of {name} holds values that are not finite: lower "
+                    "cfg_scale or the LoRA weights; if it stays, export the model in fp32."
+                )
+        return {output: np.asarray(answer[output], np.float32) for output in outputs}
 
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
@@ -141,7 +145,8 @@ class Run:
             ["ticket", "warnings"],
         )
         self.ticket = int(answer["ticket"][0])
-        self.warnings += json.loads(answer["warnings"][0])
+        for sentence in json.loads(answer["warnings"][0]):
+            self.warn(sentence)
         try:
             yield
         finally:
@@ -181,6 +186,11 @@ class Run:
         """Note finished work of the current stage and report it."""
         self._done += steps
         self._announce(image, preview)
+
+    def warn(self, sentence: str) -> None:
+        """Add a sentence for the client, once."""
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a usage counter."""

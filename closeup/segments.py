@@ -1,9 +1,11 @@
 """The Triton interface of `<model>_denoiser`: tickets and segments.
 
 A request first takes a ticket (operation ``acquire``), which reserves its slots and makes its
-LoRAs resident; it then sends *segments*, a few steps of one sequence each, and at last returns
-the ticket (``release``). All arrays are float32; C, h, w are the latents' channels and sides, K
-the steps of the segment, L tokens, D the text encoder's width.
+LoRAs resident; it may have prompts encoded (``encode``) by the text encoders that take LoRAs; it
+then sends *segments*, a few steps of one sequence each, and at last returns the ticket
+(``release``). Operation ``loras`` lists the LoRA folder and needs no ticket. All arrays are
+float32; C, h, w are the latents' channels and sides, K the steps of the segment, L tokens, D the
+text encoder's width.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from closeup.tensors import TritonTensor
 
 ACQUIRE = "acquire"
 RELEASE = "release"
+ENCODE = "encode"
 SEGMENT = "segment"
+LORAS = "loras"
 
 _F = "TYPE_FP32"
 
@@ -28,10 +32,16 @@ DENOISER_INPUTS: tuple[TritonTensor, ...] = (
     # acquire: slots wanted, and LoRAs as one JSON list of [id, weight]
     _optional("slots", "TYPE_INT64", 1),
     _optional("loras", "TYPE_STRING", 1),
+    # encode: which text encoder, and token ids
+    _optional("encoder", "TYPE_STRING", 1),
+    _optional("input_ids", "TYPE_INT64", -1, -1),  # (prompts, L)
     # segment
     _optional("sample", _F, -1, -1, -1),  # (C, h, w)
     _optional("memory", _F, 2, -1, -1, -1),  # (2, C, h, w); zeros when left out
     _optional("context", _F, -1, -1, -1),  # (rows, L, D): negative and prompt, or prompt alone
+    _optional("pooled", _F, -1, -1),  # (rows, P), families that have it
+    _optional("time_ids", _F, -1, 6),  # (rows, 6), SDXL
+    _optional("guidance_embed", _F, -1),  # (rows,), FLUX.1 dev
     _optional("guidance", _F, 1),  # used with two rows
     _optional("timestep", _F, -1),  # (K,)
     _optional("input_scale", _F, -1),  # (K,)
@@ -46,6 +56,10 @@ DENOISER_INPUTS: tuple[TritonTensor, ...] = (
 DENOISER_OUTPUTS: tuple[TritonTensor, ...] = (
     TritonTensor(name="ticket", data_type="TYPE_INT64", dims=(1,)),  # acquire
     TritonTensor(name="warnings", data_type="TYPE_STRING", dims=(1,)),  # acquire; JSON list
+    TritonTensor(name="loras", data_type="TYPE_STRING", dims=(1,)),  # loras; JSON list of
+    # {"id", "bytes", "networks"}: networks it adapts, null while it is not in memory
+    TritonTensor(name="encoded_context", data_type=_F, dims=(-1, -1, -1)),  # encode
+    TritonTensor(name="encoded_pooled", data_type=_F, dims=(-1, -1)),  # encode
     TritonTensor(name="next_sample", data_type=_F, dims=(-1, -1, -1)),
     TritonTensor(name="next_memory", data_type=_F, dims=(2, -1, -1, -1)),
 )

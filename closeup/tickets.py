@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from closeup.errors import ModelError, UnavailableError
+from closeup.lora_bank import LoraLease
+from closeup.lora_keys import DENOISER
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +19,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class _Ticket:
     slots: int
-    lora_row: int
+    loras: LoraLease
     granted_s: float
 
 
@@ -29,9 +31,9 @@ class TicketDesk:
     Args:
         capacity: slots in all; a picture takes one.
         lease_s: seconds after which a ticket is taken back.
-        acquire_row: makes LoRAs [(id, weight), ...] resident and returns (bank row, warnings);
-            may raise RequestError or UnavailableError.
-        release_row: gives a bank row back.
+        acquire_loras: makes LoRAs [(id, weight), ...] resident (see
+            `closeup.lora_bank.LoraBank`); may raise RequestError or UnavailableError.
+        release_loras: gives a row of the bank back.
     """
 
     def __init__(
@@ -39,14 +41,14 @@ class TicketDesk:
         *,
         capacity: int,
         lease_s: float,
-        acquire_row: Callable[[Sequence[tuple[str, float]]], tuple[int, list[str]]],
-        release_row: Callable[[int], None],
+        acquire_loras: Callable[[Sequence[tuple[str, float]]], LoraLease],
+        release_loras: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._capacity = capacity
         self._lease_s = lease_s
-        self._acquire_row = acquire_row
-        self._release_row = release_row
+        self._acquire_loras = acquire_loras
+        self._release_loras = release_loras
         self._clock = clock
         self._lock = threading.Lock()
         self._tickets: dict[int, _Ticket] = {}
@@ -82,18 +84,18 @@ class TicketDesk:
                 )
             self._reserved += slots
         try:
-            row, warnings = self._acquire_row(loras) if loras else (0, [])
+            lease = self._acquire_loras(loras) if loras else LoraLease(row=0)
         except BaseException:
             with self._lock:
                 self._reserved -= slots
             raise
         with self._lock:
             number = next(self._numbers)
-            self._tickets[number] = _Ticket(slots, row, self._clock())
-        return number, warnings
+            self._tickets[number] = _Ticket(slots, lease, self._clock())
+        return number, list(lease.warnings)
 
-    def lora_row(self, number: int) -> int:
-        """Return the bank row of a ticket's LoRAs, 0 for none.
+    def lora_row(self, number: int, network: str = DENOISER) -> int:
+        """Return the row of a ticket's LoRAs in a network's bank, 0 for none.
 
         Raises:
             ModelError: no such ticket, or its lease has ended.
@@ -101,7 +103,7 @@ class TicketDesk:
         with self._lock:
             if number not in self._tickets:
                 raise ModelError(f"the denoiser knows no ticket {number}; its lease has ended.")
-            return self._tickets[number].lora_row
+            return self._tickets[number].loras.row_in(network)
 
     def release(self, number: int) -> None:
         """Give a ticket back; one that is unknown (its lease ended) is ignored."""
@@ -110,8 +112,8 @@ class TicketDesk:
             if ticket is None:
                 return
             self._reserved -= ticket.slots
-        if ticket.lora_row:
-            self._release_row(ticket.lora_row)
+        if ticket.loras.row:
+            self._release_loras(ticket.loras.row)
 
     def _expire(self) -> None:
         now_s = self._clock()

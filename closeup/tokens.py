@@ -19,7 +19,7 @@ class Encoded:
     """A prompt as the text encoder reads it.
 
     Attributes:
-        ids: (max_tokens,) int64: begin, tokens, end, padding.
+        ids: (max_tokens,) int64: begin (CLIP), tokens, end, padding.
         truncated: tokens of the prompt that did not fit; 0 when all did.
     """
 
@@ -28,7 +28,7 @@ class Encoded:
 
 
 class PromptTokenizer:
-    """Encodes prompts as transformers' CLIPTokenizerFast does with padding and truncation.
+    """Encodes prompts as transformers' fast tokenizers do with padding and truncation.
 
     Where `ftfy` is missing, transformers' slow CLIPTokenizer additionally separates Chinese
     characters with spaces and drops control characters; there its ids differ from these, which
@@ -45,13 +45,19 @@ class PromptTokenizer:
     def __init__(self, tokenizer: Tokenizer, folder: Path) -> None:
         path = folder / tokenizer.path
         self._facts = tokenizer
-        self._room = tokenizer.max_tokens - 2  # between begin and end
+        self._begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self._room = tokenizer.max_tokens - 1 - len(self._begin)
         if self._room < 1:
             raise ModelError(
                 f"the manifest beside {path} gives max_tokens {tokenizer.max_tokens}, which must "
                 "be 3 or more: export the model again."
             )
         self._encoder = _open_tokenizer(path)
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt that fit."""
+        return self._room
 
     def tokens(self, text: str) -> list[int]:
         """Return the ids of all of ``text``, without begin, end and padding."""
@@ -72,7 +78,8 @@ class PromptTokenizer:
         if ending and len(tokens) > self._room:
             last = self.tokens(ending)[-self._room :]
             kept = [*tokens[: self._room - len(last)], *last]
-        ids[: len(kept) + 2] = [facts.bos_token_id, *kept, facts.eos_token_id]
+        whole = [*self._begin, *kept, facts.eos_token_id]
+        ids[: len(whole)] = whole
         return Encoded(ids=ids, truncated=len(tokens) - len(kept))
 
 

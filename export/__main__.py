@@ -18,6 +18,7 @@ from export.options import (
     Precision,
     check_options,
     file_fingerprint,
+    is_single_file,
     pipeline_fingerprint,
     read_folder_facts,
     resolve_folder,
@@ -31,13 +32,17 @@ def parse_options(arguments: Sequence[str]) -> ExportOptions:
         prog="python -m export", description="Export a diffusers pipeline for serving."
     )
     add = parser.add_argument
-    add("--model", required=True, help="pipeline folder in diffusers layout, or hub id")
+    add("--model", required=True, help="pipeline folder in diffusers layout, hub id, or one "
+        ".safetensors checkpoint in the original key layout")  # fmt: skip
+    add("--config", type=Path, help="folder with the configs of a one-file checkpoint; for FLUX.1 "
+        "with its other components; default: from the hub")  # fmt: skip
     add("--name", required=True, help="what requests call it")
     add("--target", choices=["onnx"], default="onnx", help="what to write")
     add("--repository", type=Path, default=Path("model_repository"))
     add("--lora-rank", type=int, default=32, help="largest LoRA rank; 0: no LoRA inputs")
     add("--precision", type=Precision, choices=list(Precision), default=Precision.FP32)
     add("--max-batch", type=int, default=8, help="sequences in an engine call")
+    add("--max-tokens", type=int, default=512, help="prompt length of FLUX.1's T5")
     add("--upscaler", type=Path, help="weights (.safetensors) of the repository's upscaler")
     add("--face-detector", type=Path, help="YuNet-style detector, .safetensors or .onnx")
     add("--force", action="store_true", help="export even when nothing changed")
@@ -58,6 +63,8 @@ def parse_options(arguments: Sequence[str]) -> ExportOptions:
         lora_rank=given.lora_rank,
         precision=given.precision,
         max_batch=given.max_batch,
+        max_tokens=given.max_tokens,
+        config=given.config,
         upscaler=given.upscaler,
         face_detector=given.face_detector,
         facts=ModelFacts(
@@ -83,8 +90,9 @@ def run_export(options: ExportOptions) -> None:
         ExportError: something cannot be exported; what was finished before stays.
     """
     check_options(options)
-    folder = resolve_folder(options.model)
-    facts = options.facts.over(read_folder_facts(folder))
+    single = is_single_file(options.model)
+    folder = options.config if single else resolve_folder(options.model)
+    facts = options.facts if folder is None else options.facts.over(read_folder_facts(folder))
     jobs = [(f"{options.name}_denoiser", pipeline_fingerprint(options, folder, facts))]
     for model, path in (("upscaler", options.upscaler), ("face_detector", options.face_detector)):
         if path is not None:
@@ -102,7 +110,10 @@ def run_export(options: ExportOptions) -> None:
         elif model == "face_detector":
             assert options.face_detector is not None
             exporting.export_face_detector(options.face_detector, options.repository, fingerprint)
+        elif single:
+            exporting.export_single_file(options, facts, fingerprint)
         else:
+            assert folder is not None
             exporting.export_pipeline(options, folder, facts, fingerprint)
 
 

@@ -7,21 +7,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from closeup.manifest import LoraLayer
 from export.graphs import BATCH, Graph, GraphTensor, Sizes, normal_inputs, uniform_inputs
+from export.layouts import EncoderLayout
+from export.lora_layers import LoraBank, adapt_layers, bank_rows
+
+# What LoRAs adapt in a CLIP text model: the transformer, not the projection after it.
+CLIP_LAYERS = "text_model.encoder."
 
 
 class TextEncoder(nn.Module):
-    """Token ids to the embeddings that the denoiser attends to."""
+    """Token ids to the embeddings that the denoiser takes.
 
-    def __init__(self, encoder: Any) -> None:
+    Attributes:
+        layers: layout of the LoRA bank; empty when there are no LoRA inputs.
+    """
+
+    def __init__(self, encoder: Any, layout: EncoderLayout, *, with_lora: bool) -> None:
+        """Wrap ``encoder``, a text model of transformers, which is changed in place."""
         super().__init__()
-        encoder.set_attn_implementation("eager")  # the causal mask of sdpa does not trace
+        if hasattr(encoder, "text_model"):
+            encoder.set_attn_implementation("eager")  # the causal mask of sdpa does not trace
         self.encoder = encoder
         self.config = encoder.config
+        self.layout = layout
+        self.bank = LoraBank()
+        self.layers: tuple[LoraLayer, ...] = ()
+        if with_lora:
+            self.layers = adapt_layers(encoder, self.bank, under=CLIP_LAYERS)
 
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Map input_ids (B, L) int64 to last_hidden_state (B, L, D) float32."""
-        return {"last_hidden_state": self.encoder(input_ids, return_dict=False)[0].float()}
+    def forward(
+        self, input_ids: Tensor, lora: Tensor | None = None, lora_row: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Map input_ids (B, L) int64 to context (B, L, D), pooled (B, P), or both, float32.
+
+        Args:
+            input_ids: with begin, end and padding, as the tokenizer gives them.
+            lora: (S, M, r) network dtype, the bank of resident adapters.
+            lora_row: (B,) int64, the adapter of each prompt.
+        """
+        if lora is not None and lora_row is not None:
+            self.bank.open(lora, lora_row)
+        try:
+            found = self.encoder(input_ids, output_hidden_states=True)
+        finally:
+            self.bank.close()
+        layer = self.layout.hidden_layer
+        outputs = {}
+        if "context" in self.layout.outputs:
+            hidden = found.last_hidden_state if layer is None else found.hidden_states[layer]
+            outputs["context"] = hidden.float()
+        if "pooled" in self.layout.outputs:
+            has_projection = hasattr(found, "text_embeds")
+            pooled = found.text_embeds if has_projection else found.pooler_output
+            outputs["pooled"] = pooled.float()
+        return outputs
 
 
 class VaeEncoder(nn.Module):
@@ -70,25 +110,75 @@ class Upscaler(nn.Module):
         return {"upscaled": self.network(image)}
 
 
-def text_encoder_graph(encoder: Any, *, max_tokens: int, precision: str) -> Graph:
-    """Describe the text encoder ``encoder`` (CLIPTextModel)."""
-    vocabulary, width = encoder.config.vocab_size, encoder.config.hidden_size
+def text_encoder_graph(
+    encoder: Any, layout: EncoderLayout, *, max_tokens: int, max_rank: int, precision: str
+) -> Graph:
+    """Describe a text encoder, which is changed in place.
+
+    Args:
+        encoder: a text model of transformers in the dtype of ``precision``.
+        layout: which of a family's encoders it is.
+        max_tokens: L.
+        max_rank: the largest rank of the LoRA inputs; 0 leaves them out.
+        precision: fp32 or fp16.
+    """
+    module = TextEncoder(encoder, layout, with_lora=max_rank > 0)
+    config = encoder.config
     ids = GraphTensor(name="input_ids", axes=(BATCH, max_tokens), dtype=torch.int64)
+    inputs = [ids]
+    if module.layers:
+        dtype = next(encoder.parameters()).dtype
+        axes = ("adapters", bank_rows(module.layers), "rank")
+        inputs.append(GraphTensor(name="lora", axes=axes, dtype=dtype))
+        inputs.append(GraphTensor(name="lora_row", axes=(BATCH,), dtype=torch.int64))
+    has_projection = layout.class_name.endswith("WithProjection")
+    width = config.projection_dim if has_projection else config.hidden_size
+    axes_by_name: dict[str, tuple[int | str, ...]] = {
+        "context": (BATCH, max_tokens, config.hidden_size),
+        "pooled": (BATCH, width),
+    }
 
     def draw(sizes: Sizes, seed: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        shape = ids.shape(sizes)
-        return {"input_ids": torch.randint(vocabulary, shape, generator=generator)}
+        return draw_prompts(tuple(inputs), sizes, seed, config)
 
+    cases: tuple[Sizes, ...] = ({BATCH: 2}, {BATCH: 1}, {BATCH: 5})
+    ranks = ((3, 4), (1, 1), (2, max_rank))
+    if module.layers:
+        cases = tuple(
+            {**case, "adapters": adapters, "rank": min(rank, max_rank)}
+            for case, (adapters, rank) in zip(cases, ranks, strict=True)
+        )
     return Graph(
-        title="text encoder",
-        module=TextEncoder(encoder),
-        inputs=(ids,),
-        outputs=(GraphTensor(name="last_hidden_state", axes=(BATCH, max_tokens, width)),),
+        title="text encoder" if layout.name == "text_encoder" else "second text encoder",
+        module=module,
+        inputs=tuple(inputs),
+        outputs=tuple(GraphTensor(name=name, axes=axes_by_name[name]) for name in layout.outputs),
         draw=draw,
-        cases=({BATCH: 2}, {BATCH: 1}, {BATCH: 5}),
+        cases=cases,
         precision=precision,
+        use_validation=not module.layers,
     )
+
+
+def draw_prompts(
+    inputs: tuple[GraphTensor, ...], sizes: Sizes, seed: int, config: Any
+) -> dict[str, Tensor]:
+    """Draw token ids that end like prompts, and a LoRA bank whose first adapter is zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {}
+    for tensor in inputs:
+        shape = tensor.shape(sizes)
+        if tensor.name == "input_ids":
+            ids = torch.randint(config.vocab_size, shape, generator=generator)
+            ids[:, shape[1] // 2 :] = config.eos_token_id
+            drawn["input_ids"] = ids
+        elif tensor.name == "lora_row":
+            drawn["lora_row"] = torch.randint(sizes["adapters"], shape, generator=generator)
+        else:
+            bank = 0.1 * torch.randn(shape, generator=generator)
+            bank[0] = 0
+            drawn[tensor.name] = bank.to(tensor.dtype)
+    return drawn
 
 
 def vae_factor(vae: Any) -> int:

@@ -10,14 +10,14 @@ import onnx
 from onnx import TensorProto
 
 from closeup.errors import CloseupError, ExportError
-from closeup.families import SD15
+from closeup.families import SDXL
 from closeup.manifest import (
     MANIFEST_NAME,
     Component,
     FaceDetectorManifest,
     LoraLayout,
     ModelManifest,
-    Tokenizer,
+    TextEncoder,
     UpscalerManifest,
     manifest_json,
 )
@@ -25,17 +25,14 @@ from closeup.segments import DENOISER_INPUTS, DENOISER_OUTPUTS
 from export.components import (
     face_detector_graph,
     face_detector_tensors,
-    text_encoder_graph,
     upscaler_graph,
-    vae_decoder_graph,
-    vae_encoder_graph,
-    vae_factor,
 )
 from export.config import ONNXRUNTIME_PARAMETERS, QUEUE_DELAY_US, TritonConfig
-from export.denoiser import DenoiserStep, denoiser_graph
 from export.graphs import Graph, GraphTensor, export_graph, open_session
-from export.options import ExportOptions, ModelFacts, Precision, hash_file
-from export.pipelines import TOKENIZER_NAME, LoadedPipeline, load_pipeline, write_tokenizer
+from export.layouts import INDEX_NAME, EncoderLayout, PipelineLayout, layout_of, read_json
+from export.options import ExportOptions, ModelFacts, hash_file
+from export.parts import DENOISER, VAE_DECODER, VAE_ENCODER, Part, WrittenPart, export_part
+from export.pipelines import VAE, component_config, refuse_pickles
 from export.repository import (
     DENOISER_MODEL,
     STAMP_NAME,
@@ -45,6 +42,8 @@ from export.repository import (
     open_staging,
     stamp_text,
 )
+from export.single_file import converted_folder
+from export.tokenizing import write_tokenizer
 from export.upscalers import load_upscaler
 
 logger = logging.getLogger(__name__)
@@ -64,21 +63,31 @@ def export_pipeline(
         ExportError: it cannot be exported or does not agree with PyTorch; the repository is as
             it was.
     """
-    pipeline = load_pipeline(folder)
-    draft = _draft_manifest(options, pipeline, facts)
+    layout = layout_of(folder)
+    refuse_pickles(folder, layout)
+    draft = _draft_manifest(options, folder, layout, facts)
     with open_staging(options.repository) as staging:
-        tokenizer = write_tokenizer(folder, staging.folder / draft.denoiser / TOKENIZER_NAME)
-        draft = dataclasses.replace(draft, tokenizer=tokenizer)
-        manifest = _export_components(options, pipeline, draft, staging)
-        models = (
-            manifest.denoiser, manifest.text_encoder, manifest.vae_encoder, manifest.vae_decoder,
-        )  # fmt: skip
+        manifest = _export_components(options, folder, layout, draft, staging)
         staging.write_text(manifest.denoiser, MANIFEST_NAME, manifest_json(manifest))
+        models = (manifest.denoiser, *_served_models(manifest))
         staging.write_text(manifest.denoiser, STAMP_NAME, stamp_text(fingerprint, models))
         with lock_repository(options.repository):
             staging.publish()
             add_to_index(options.repository, options.name)
     return manifest
+
+
+def export_single_file(
+    options: ExportOptions, facts: ModelFacts, fingerprint: str
+) -> ModelManifest:
+    """Export a checkpoint that is one file into the repository.
+
+    Raises:
+        ExportError: as `export_pipeline`, or it cannot be converted.
+    """
+    path = Path(options.model)
+    with converted_folder(path, options.config, options.precision, options.repository) as folder:
+        return export_pipeline(options, folder, facts, fingerprint)
 
 
 def export_upscaler(path: Path, repository: Path, fingerprint: str) -> UpscalerManifest:
@@ -126,23 +135,28 @@ def export_face_detector(path: Path, repository: Path, fingerprint: str) -> Face
 
 
 def _draft_manifest(
-    options: ExportOptions, pipeline: LoadedPipeline, facts: ModelFacts
+    options: ExportOptions, folder: Path, layout: PipelineLayout, facts: ModelFacts
 ) -> ModelManifest:
-    """The manifest, but for the tokenizer, the LoRA layout and the components."""
-    factor = vae_factor(pipeline.vae)
-    config = pipeline.vae.config
+    """The manifest, but for the text encoders, the LoRA layout and the components."""
+    vae = component_config(folder, layout, VAE)
+    denoiser = component_config(folder, layout, layout.denoiser)
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    trained = int(denoiser.get("sample_size") or 0) * factor
+    is_xl = layout.family is SDXL
     manifest = ModelManifest(
         name=options.name,
-        family=SD15.name,
-        native_px=facts.native_px or int(pipeline.unet.config.sample_size) * factor,
+        family=layout.family.name,
+        native_px=facts.native_px or trained or layout.family.native_px,
         vae_scale_factor=factor,
-        scaling_factor=float(config.scaling_factor),
-        shift_factor=float(getattr(config, "shift_factor", None) or 0.0),
-        scheduler=pipeline.scheduler,
-        tokenizer=Tokenizer(path="", max_tokens=0, bos_token_id=0, eos_token_id=0, pad_token_id=0),
+        scaling_factor=float(vae["scaling_factor"]),
+        shift_factor=float(vae.get("shift_factor") or 0.0),
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
+        encoders=(),
         precision=options.precision.value,
         max_batch=options.max_batch,
         lora=None,
+        zero_empty_negative=is_xl and _forces_zeros(folder),
+        guidance_embeds=bool(denoiser.get("guidance_embeds", False)),
         defaults=facts.defaults,
         face_prompt_suffix=facts.face_prompt_suffix or "",
     )
@@ -151,38 +165,92 @@ def _draft_manifest(
     return dataclasses.replace(manifest, face_crop_factor=float(facts.face_crop_factor))
 
 
+def _forces_zeros(folder: Path) -> bool:
+    # diffusers' default is True.
+    return bool(read_json(folder / INDEX_NAME).get("force_zeros_for_empty_prompt", True))
+
+
 def _export_components(
-    options: ExportOptions, pipeline: LoadedPipeline, draft: ModelManifest, staging: Staging
+    options: ExportOptions,
+    folder: Path,
+    layout: PipelineLayout,
+    draft: ModelManifest,
+    staging: Staging,
 ) -> ModelManifest:
-    half = options.precision is Precision.FP16
-    tokens = draft.tokenizer.max_tokens
-    pictures = max(1, min(options.max_batch, VAE_PIXELS // draft.native_px**2))
-    text_encoder = pipeline.text_encoder.half() if half else pipeline.text_encoder
-    components = [
-        _export(
-            staging,
-            text_encoder_graph(text_encoder, max_tokens=tokens, precision=options.precision),
-            draft.text_encoder,
-            max_batch=2 * options.max_batch,
-        ),
-        _export(staging, vae_encoder_graph(pipeline.vae), draft.vae_encoder, max_batch=pictures),
-        _export(staging, vae_decoder_graph(pipeline.vae), draft.vae_decoder, max_batch=pictures),
-    ]
-    graph = denoiser_graph(
-        pipeline.unet.half() if half else pipeline.unet,
-        max_tokens=tokens,
+    components, encoders = [], []
+    part = Part(
+        folder=folder,
+        name=DENOISER,
+        precision=options.precision,
         max_rank=options.lora_rank,
         max_batch=options.max_batch,
-        precision=options.precision,
+        max_tokens=0,
     )
-    components.append(_export_denoiser(staging, graph, draft.denoiser))
-    assert isinstance(graph.module, DenoiserStep)
-    layers = graph.module.layers
+    for entry in layout.encoders:
+        encoder, component = _export_encoder(options, entry, draft, part, staging)
+        encoders.append(encoder)
+        components.append(component)
+    pictures = max(1, min(options.max_batch, VAE_PIXELS // draft.native_px**2))
+    for name, model in ((VAE_ENCODER, draft.vae_encoder), (VAE_DECODER, draft.vae_decoder)):
+        job = dataclasses.replace(part, name=name, max_rank=0)
+        components.append(_export_served(staging, job, model, max_batch=pictures))
+    tokens = next(e.tokenizer.max_tokens for e in encoders if "context" in e.outputs)
+    job = dataclasses.replace(part, max_tokens=tokens)
+    written = export_part(job, staging.graph_path(draft.denoiser), draft.denoiser)
+    _write_denoiser(staging, draft.denoiser)
+    _report(DENOISER, written.component)
     return dataclasses.replace(
         draft,
-        lora=LoraLayout(max_rank=options.lora_rank, layers=layers) if layers else None,
-        components=tuple(components),
+        encoders=tuple(encoders),
+        lora=_lora_layout(options, written),
+        components=(*components, written.component),
     )
+
+
+def _export_encoder(
+    options: ExportOptions,
+    entry: EncoderLayout,
+    draft: ModelManifest,
+    part: Part,
+    staging: Staging,
+) -> tuple[TextEncoder, Component]:
+    """Export a text encoder with its tokenizer.
+
+    With LoRA inputs its graph lies beside the denoiser's, whose process runs it.
+    """
+    denoiser = staging.folder / draft.denoiser
+    tokenizer = write_tokenizer(part.folder, entry, denoiser, max_tokens=options.max_tokens)
+    rank = options.lora_rank if entry.takes_lora else 0
+    encoder = TextEncoder(name=entry.name, tokenizer=tokenizer, outputs=entry.outputs)
+    job = dataclasses.replace(part, name=entry.name, max_rank=rank, max_tokens=tokenizer.max_tokens)
+    if not rank:
+        model = draft.encoder_model(encoder)
+        return encoder, _export_served(staging, job, model, max_batch=2 * options.max_batch)
+    path = staging.graph_path(draft.denoiser).with_name(f"{entry.name}.onnx")
+    written = export_part(job, path, f"{draft.denoiser}/{entry.name}")
+    _report(entry.name, written.component)
+    lora = _lora_layout(options, written)
+    return dataclasses.replace(encoder, lora=lora), written.component
+
+
+def _lora_layout(options: ExportOptions, written: WrittenPart) -> LoraLayout | None:
+    if not written.layers:
+        return None
+    return LoraLayout(max_rank=options.lora_rank, layers=written.layers)
+
+
+def _served_models(manifest: ModelManifest) -> tuple[str, ...]:
+    """The pipeline's models that Triton's onnxruntime backend serves."""
+    encoders = [manifest.encoder_model(e) for e in manifest.encoders if e.lora is None]
+    return (*encoders, manifest.vae_encoder, manifest.vae_decoder)
+
+
+def _export_served(staging: Staging, part: Part, model: str, *, max_batch: int) -> Component:
+    """Export a part of a pipeline that Triton's onnxruntime backend serves."""
+    written = export_part(part, staging.graph_path(model), model)
+    staging.write_config(_served_config(model, written.inputs, written.outputs, max_batch))
+    _report(part.name, written.component)
+    return written.component
 
 
 def _export(staging: Staging, graph: Graph, model: str, *, max_batch: int) -> Component:
@@ -193,14 +261,11 @@ def _export(staging: Staging, graph: Graph, model: str, *, max_batch: int) -> Co
     return component
 
 
-def _export_denoiser(staging: Staging, graph: Graph, model: str) -> Component:
-    component = export_graph(graph, staging.graph_path(model), model)
+def _write_denoiser(staging: Staging, model: str) -> None:
     staging.write_config(
         TritonConfig(name=model, backend="python", inputs=DENOISER_INPUTS, outputs=DENOISER_OUTPUTS)
     )
     staging.write_text(model, "1/model.py", DENOISER_MODEL)
-    _report(graph.title, component)
-    return component
 
 
 def _adopt_detector(staging: Staging, path: Path, names: tuple[str, ...]) -> Component:

@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,12 +29,15 @@ from closeup.errors import ExportError
 from closeup.manifest import Component
 from closeup.tensors import TritonTensor
 from export.options import hash_file
+from export.streaming import weight_bytes, write_streamed
 
 OPSET = 18
 BATCH = "batch"
 # Relative 2-norm of the difference to PyTorch. Rounding gives about 1e-6 in float32 (deep
 # networks 1e-5) and 2e-3 in float16; a missing layer or a wrong constant gives 1e-1 and more.
 LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
+# Optimum writes smaller ones, folding constants on the way.
+STREAM_BYTES = 1 << 30
 _TRITON_TYPES = {torch.float32: "TYPE_FP32", torch.float16: "TYPE_FP16", torch.int64: "TYPE_INT64"}
 
 Sizes = Mapping[str, int]
@@ -159,7 +162,7 @@ def uniform_inputs(
 
 
 def write_graph(graph: Graph, path: Path) -> None:
-    """Export ``graph`` to ``path``; weights past 2 GB go to ``model.onnx_data`` beside it.
+    """Export ``graph`` to ``path``; weights past `STREAM_BYTES` to ``model.onnx_data`` beside it.
 
     Raises:
         ExportError: torch or optimum cannot export it.
@@ -168,8 +171,13 @@ def write_graph(graph: Graph, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with quiet_exporters():
-            export_pytorch(graph.module, GraphOnnxConfig(graph, seed=0), OPSET, path)
+            if weight_bytes(graph.module) > STREAM_BYTES:
+                write_streamed(graph, path, OPSET)
+            else:
+                export_pytorch(graph.module, GraphOnnxConfig(graph, seed=0), OPSET, path)
             _declare_shapes(graph, path)
+        for file in path.parent.glob(f"{path.name}*"):
+            file.chmod(0o644)  # external data is written for its owner alone
         for file in path.parent.glob(f"{path.name}*"):
             file.chmod(0o644)  # external data is written for its owner alone
     except Exception as error:
@@ -184,30 +192,70 @@ def check_graph(graph: Graph, path: Path, *, limit: float | None = None) -> Agre
     Raises:
         ExportError: a difference is past ``limit``, by default `LIMITS` of the precision.
     """
-    limit = LIMITS[graph.precision] if limit is None else limit
     if graph.use_validation:
         _validate_with_optimum(graph, path)
-    session = open_session(path)
-    absolute = relative = 0.0
+    return compare_with(graph, path, reference_outputs(graph), limit=limit)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """PyTorch's outputs at one case.
+
+    Attributes:
+        sizes: the case.
+        inputs: by name.
+        outputs: by name.
+    """
+
+    sizes: Sizes
+    inputs: Mapping[str, np.ndarray[Any, Any]]
+    outputs: Mapping[str, np.ndarray[Any, Any]]
+
+
+def reference_outputs(graph: Graph) -> tuple[Reference, ...]:
+    """Run the module on fresh random inputs of every case."""
+    references = []
+    _prepare_module(graph.module)
     for number, sizes in enumerate(graph.cases):
         inputs = graph.draw(sizes, 1000 + number)
         with torch.inference_mode():
-            expected = graph.module(**inputs)
-        names = [tensor.name for tensor in graph.outputs]
-        results = session.run(names, {name: value.numpy() for name, value in inputs.items()})
-        for name, result in zip(names, results, strict=True):
-            error = compare(expected[name].numpy(), result)
+            outputs = graph.module(**inputs)
+        references.append(
+            Reference(
+                sizes=sizes,
+                inputs={name: value.numpy() for name, value in inputs.items()},
+                outputs={tensor.name: outputs[tensor.name].numpy() for tensor in graph.outputs},
+            )
+        )
+    return tuple(references)
+
+
+def compare_with(
+    graph: Graph, path: Path, references: Sequence[Reference], *, limit: float | None = None
+) -> Agreement:
+    """Compare the file with what PyTorch gave.
+
+    Raises:
+        ExportError: a difference is past ``limit``, by default `LIMITS` of the precision.
+    """
+    limit = LIMITS[graph.precision] if limit is None else limit
+    session = open_session(path)
+    absolute = relative = 0.0
+    for case in references:
+        results = session.run(list(case.outputs), dict(case.inputs))
+        for (name, expected), result in zip(case.outputs.items(), results, strict=True):
+            error = compare(expected, result)
             if not error[1] <= limit:
                 raise ExportError(
                     f"the {graph.title} does not agree with PyTorch: output {name} at "
-                    f"{describe(sizes)} differs by {error[1]:.2e} of its norm (largest value "
+                    f"{describe(case.sizes)} differs by {error[1]:.2e} of its norm (largest value "
                     f"{error[0]:.2e}), the limit is {limit:.0e}. Nothing was written."
                 )
             absolute, relative = max(absolute, error[0]), max(relative, error[1])
     return Agreement(
         max_abs_error=absolute,
         max_rel_error=relative,
-        checks=tuple(describe(sizes) for sizes in graph.cases),
+        checks=tuple(describe(case.sizes) for case in references),
     )
 
 
@@ -232,12 +280,16 @@ def export_graph(graph: Graph, path: Path, model: str) -> Component:
         ExportError: it cannot be exported or does not agree with PyTorch.
     """
     write_graph(graph, path)
-    agreement = check_graph(graph, path)
+    return component_of(path, model, graph.precision, check_graph(graph, path))
+
+
+def component_of(path: Path, model: str, precision: str, agreement: Agreement) -> Component:
+    """Return the manifest's entry of a file that was checked."""
     return Component(
         model=model,
         sha256=hash_file(path),
         bytes=sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")),
-        precision=graph.precision,
+        precision=precision,
         max_abs_error=agreement.max_abs_error,
         max_rel_error=agreement.max_rel_error,
         checks=agreement.checks,

@@ -105,13 +105,22 @@ def is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def adapt_layers(network: nn.Module, bank: LoraBank) -> tuple[LoraLayer, ...]:
+def adapt_layers(network: nn.Module, bank: LoraBank, *, under: str = "") -> tuple[LoraLayer, ...]:
     """Replace every adaptable layer of ``network`` in place by one that reads ``bank``.
+
+    Args:
+        network: whose layers.
+        bank: what they read.
+        under: beginning of the names of the layers to replace.
 
     Returns:
         The bank's layout, in order of the module names as they were before.
     """
-    names = [name for name, module in network.named_modules() if is_adaptable(module)]
+    names = [
+        name
+        for name, module in network.named_modules()
+        if is_adaptable(module) and name.startswith(under)
+    ]
     layers: list[LoraLayer] = []
     offset = 0
     for name in names:
@@ -125,6 +134,11 @@ def adapt_layers(network: nn.Module, bank: LoraBank) -> tuple[LoraLayer, ...]:
         )
         offset += adapted.in_features + adapted.out_features
     return tuple(layers)
+
+
+def bank_rows(layers: tuple[LoraLayer, ...]) -> int:
+    """M: the rows of one adapter in the bank."""
+    return sum(layer.in_features + layer.out_features for layer in layers)
 
 
 def _adapted(base: nn.Module, bank: LoraBank, offset: int) -> LoraLinear | LoraPointwise:

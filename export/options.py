@@ -41,7 +41,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "optim
 
 
 class Precision(str, Enum):
-    """Of the denoiser's and the text encoder's weights."""
+    """Of the denoiser's and the text encoders' weights."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -90,12 +90,15 @@ class ExportOptions:
     """What the user asked for.
 
     Attributes:
-        model: folder or hub id of a diffusers pipeline.
+        model: folder or hub id of a diffusers pipeline, or one .safetensors checkpoint in the
+            original key layout.
         name: the request field ``model``; prefix of the Triton models.
         repository: where they go.
         lora_rank: the largest rank of the LoRA inputs; 0 leaves them out.
         precision: of the denoiser and the text encoder.
         max_batch: sequences in an engine call.
+        max_tokens: length of T5's prompts (FLUX.1).
+        config: folder with the configs of a checkpoint that is one file.
         upscaler: weights of the repository's upscaler.
         face_detector: weights or ONNX file of the repository's face detector.
         facts: flags for the manifest; they win over the folder's.
@@ -108,6 +111,8 @@ class ExportOptions:
     lora_rank: int = 32
     precision: Precision = Precision.FP32
     max_batch: int = 8
+    max_tokens: int = 512
+    config: Path | None = None
     upscaler: Path | None = None
     face_detector: Path | None = None
     facts: ModelFacts = field(default_factory=ModelFacts)
@@ -129,9 +134,20 @@ def check_options(options: ExportOptions) -> None:
         raise ExportError(f"--lora-rank {options.lora_rank}: expected 0 to 256.")
     if not 1 <= options.max_batch <= 64:
         raise ExportError(f"--max-batch {options.max_batch}: expected 1 to 64.")
+    if not 16 <= options.max_tokens <= 512:
+        raise ExportError(f"--max-tokens {options.max_tokens}: expected 16 to 512.")
+    if options.config is not None and not is_single_file(options.model):
+        raise ExportError("--config goes with a --model that is one .safetensors file.")
+    if options.config is not None and not (options.config / "model_index.json").is_file():
+        raise ExportError(f"--config {options.config}: there is no model_index.json.")
     for flag, path in (("upscaler", options.upscaler), ("face-detector", options.face_detector)):
         if path is not None and not path.is_file():
             raise ExportError(f"--{flag} {path}: there is no such file.")
+
+
+def is_single_file(model: str) -> bool:
+    """Whether ``--model`` names a checkpoint that is one file."""
+    return model.endswith(".safetensors") and Path(model).is_file()
 
 
 def resolve_folder(model: str) -> Path:
@@ -182,15 +198,26 @@ def read_folder_facts(folder: Path) -> ModelFacts:
     return ModelFacts(**data, defaults=Defaults(**defaults))
 
 
-def pipeline_fingerprint(options: ExportOptions, folder: Path, facts: ModelFacts) -> str:
-    """Hash everything that decides what the pipeline's export writes."""
-    used = {
+def pipeline_fingerprint(options: ExportOptions, folder: Path | None, facts: ModelFacts) -> str:
+    """Hash everything that decides what the pipeline's export writes.
+
+    Args:
+        options: of the export.
+        folder: of the pipeline, or of the configs of a single file, if given.
+        facts: for the manifest.
+    """
+    used: dict[str, Any] = {
         "name": options.name,
         "lora_rank": options.lora_rank,
         "precision": options.precision,
         "max_batch": options.max_batch,
+        "max_tokens": options.max_tokens,
         "facts": asdict(facts),
     }
+    if is_single_file(options.model):
+        used["single_file"] = hash_file(Path(options.model))
+    if folder is None:
+        return _fingerprint(used, Path(), ())
     files = [path for path in sorted(folder.rglob("*")) if _matters(path.relative_to(folder))]
     return _fingerprint(used, folder, files)
 
@@ -225,7 +252,8 @@ def _matters(path: Path) -> bool:
     """Whether a file of a pipeline's folder is read by the export."""
     if path.parts[0] not in (
         "model_index.json", FOLDER_OPTIONS_NAME,
-        "unet", "vae", "text_encoder", "tokenizer", "scheduler",
+        "unet", "transformer", "vae", "scheduler",
+        "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2",
     ):  # fmt: skip
         return False
     return path.suffix in (".json", ".txt", ".safetensors")

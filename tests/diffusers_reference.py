@@ -41,15 +41,26 @@ MORE_SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dpm2": ("KDPM2DiscreteScheduler", {}),
     "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
 }
-PIPELINES = {
-    "text-to-image": "StableDiffusionPipeline",
-    "image-to-image": "StableDiffusionImg2ImgPipeline",
-    "inpainting": "StableDiffusionInpaintPipeline",
+FLOW_SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "dpm++2m": (
+        "DPMSolverMultistepScheduler",
+        {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+    ),
+}
+# Class of the folder's pipeline -> the class of each mode.
+PIPELINES: Mapping[str, Mapping[str, str]] = {
+    f"{family}Pipeline": {
+        "text-to-image": f"{family}Pipeline",
+        "image-to-image": f"{family}Img2ImgPipeline",
+        "inpainting": f"{family}InpaintPipeline",
+    }
+    for family in ("StableDiffusion", "StableDiffusionXL", "Flux")
 }
 
 
 class DiffusersReference:
-    """The three Stable Diffusion pipelines over one set of float32 weights.
+    """The pipelines of all three modes over one set of float32 weights.
 
     Args:
         folder: a pipeline in diffusers layout.
@@ -60,9 +71,8 @@ class DiffusersReference:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        base = diffusers.StableDiffusionPipeline.from_pretrained(
-            folder, safety_checker=None, torch_dtype=torch.float32
-        )
+        base = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        self._family = type(base).__name__
         self._components = base.components
         # Not base.scheduler: the pipelines' constructors rewrite steps_offset and clip_sample.
         source = type(base.scheduler).from_pretrained(folder, subfolder="scheduler")
@@ -72,8 +82,9 @@ class DiffusersReference:
     def pipeline(self, mode: str) -> Any:
         """Return the pipeline of a mode, made at its first use."""
         if mode not in self._pipelines:
-            made = getattr(diffusers, PIPELINES[mode])(
-                **self._components, requires_safety_checker=False
+            plain = self._family == "StableDiffusionPipeline"
+            made = getattr(diffusers, PIPELINES[self._family][mode])(
+                **self._components, **({"requires_safety_checker": False} if plain else {})
             )
             made.set_progress_bar_config(disable=True)
             self._pipelines[mode] = made
@@ -83,13 +94,14 @@ class DiffusersReference:
         """Return one picture (H, W, 3).
 
         Args:
-            mode: a key of `PIPELINES`.
-            scheduler: a key of `SCHEDULERS` or `MORE_SCHEDULERS`.
+            mode: ``text-to-image``, ``image-to-image`` or ``inpainting``.
+            scheduler: a key of `SCHEDULERS` or `MORE_SCHEDULERS`, for FLUX.1 of `FLOW_SCHEDULERS`.
             seed: of the CPU generator.
             arguments: of the pipeline's call.
         """
         pipeline = self.pipeline(mode)
-        name, overrides = {**SCHEDULERS, **MORE_SCHEDULERS}[scheduler]
+        known = {**SCHEDULERS, **MORE_SCHEDULERS}
+        name, overrides = (FLOW_SCHEDULERS if self._family == "FluxPipeline" else known)[scheduler]
         pipeline.scheduler = getattr(diffusers, name).from_config(self.source, **overrides)
         pictures = pipeline(
             generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,13 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from closeup.lora import LoraWeights, layer_starts
-from closeup.lora_keys import original_name
+from closeup.lora_keys import DENOISER
+from closeup.lora_names import original_name
+from closeup.lora_read import read_lora
 from closeup.manifest import LoraLayer, LoraLayout
 
 Floats = npt.NDArray[np.float32]
+Style = Callable[[str], tuple[str, str, str]]  # layer -> keys of down, up and alpha
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -87,28 +91,70 @@ def _kohya(name: str) -> tuple[str, str, str]:
     return f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"
 
 
-def _kohya_original(name: str) -> tuple[str, str, str]:
-    return _kohya(original_name(name, 1))
+def kohya_original_style(layers_per_block: int) -> Style:
+    """Kohya keys with the blocks counted as in the original Stable Diffusion code."""
+    return lambda name: _kohya(original_name(name, layers_per_block))
 
 
-STYLES: Mapping[str, Callable[[str], tuple[str, str, str]]] = {
+def _transformer(name: str) -> tuple[str, str, str]:
+    return f"transformer.{name}.lora_A.weight", f"transformer.{name}.lora_B.weight", ""
+
+
+def _lora_transformer(name: str) -> tuple[str, str, str]:
+    stem = "lora_transformer_" + name.replace(".", "_")
+    return f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"
+
+
+STYLES: Mapping[str, Style] = {
     "peft": _peft,
     "peft_default": _peft_default,
     "diffusers": _diffusers,
     "diffusers_down_up": _diffusers_down_up,
     "processor": _processor,
     "kohya": _kohya,
-    "kohya_original": _kohya_original,
+    "kohya_original": kohya_original_style(1),
+    "transformer": _transformer,
+    "lora_transformer": _lora_transformer,
 }
+
+_KOHYA_TEXT = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+
+
+def text_style(style: str, network: str) -> Style:
+    """How a text encoder's layers are named.
+
+    Args:
+        style: ``diffusers``, ``diffusers_linear`` and ``processor`` (its first two), ``kohya``.
+        network: ``text_encoder`` or ``text_encoder_2``.
+    """
+
+    def keys(name: str) -> tuple[str, str, str]:
+        stem = f"{network}.{name}"
+        if style == "diffusers":
+            return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", ""
+        if style == "diffusers_linear":
+            stem += ".lora_linear_layer"
+        elif style == "processor":
+            stem = stem.replace("out_proj", "to_out") if "out_proj" in stem else re.sub(
+                r"([qkv])_proj$", r"to_\1", stem
+            )  # fmt: skip
+            stem += "_lora"
+        else:
+            stem = _KOHYA_TEXT[network] + name.replace(".", "_")
+            return f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"
+        return f"{stem}.down.weight", f"{stem}.up.weight", ""
+
+    return keys
 
 
 def tensors_from_factors(
-    factors: Factors, style: str, *, conv_names: tuple[str, ...] = ()
+    factors: Factors, style: str | Style, *, conv_names: tuple[str, ...] = ()
 ) -> dict[str, npt.NDArray[Any]]:
     """Name the factors in a style; those of `conv_names` get two more dimensions of size 1."""
     tensors: dict[str, npt.NDArray[Any]] = {}
+    keys = STYLES[style] if isinstance(style, str) else style
     for name, layer in factors.items():
-        down_key, up_key, alpha_key = STYLES[style](name)
+        down_key, up_key, alpha_key = keys(name)
         extra = (1, 1) if name in conv_names else ()
         tensors[down_key] = layer.down.reshape(*layer.down.shape, *extra)
         tensors[up_key] = layer.up.reshape(*layer.up.shape, *extra)
@@ -140,3 +186,8 @@ def delta_of(weights: LoraWeights, layout: LoraLayout, name: str) -> Floats:
     down = weights.rows[start:middle].astype(np.float64)
     up = weights.rows[middle : middle + layer.out_features].astype(np.float64)
     return (up @ down.T).astype(np.float32)
+
+
+def read_denoiser(path: Path, layout: LoraLayout) -> LoraWeights:
+    """Read a file for a pipeline that has a denoiser only."""
+    return read_lora(path, {DENOISER: layout}).networks[DENOISER]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from closeup.manifest import LoraLayer, LoraLayout, ModelManifest, Tokenizer
+from closeup.manifest import LoraLayer, LoraLayout, ModelManifest, TextEncoder, Tokenizer
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -32,8 +32,17 @@ def make_manifest(**changes: Any) -> ModelManifest:
         scaling_factor=0.18215,
         shift_factor=0.0,
         scheduler=SCHEDULER,
-        tokenizer=Tokenizer(
-            path="tokenizer.json", max_tokens=77, bos_token_id=0, eos_token_id=1, pad_token_id=1
+        encoders=(
+            TextEncoder(
+                name="text_encoder",
+                tokenizer=Tokenizer(
+                    path="tokenizer.json",
+                    max_tokens=77,
+                    bos_token_id=0,
+                    eos_token_id=1,
+                    pad_token_id=1,
+                ),
+            ),
         ),
         precision="fp32",
         max_batch=4,

@@ -73,7 +73,8 @@ def test_median_by_name_takes_each_name_alone_when_samples_are_mixed() -> None:
 
 def test_psnr_is_worked_by_hand_when_every_pixel_differs_by_one() -> None:
     one = np.full((4, 4, 3), 100, np.uint8)
-    assert psnr_db(one, np.full_like(one, 101)) == pytest.approx(20 * np.log10(255))  # mean square error 1
+    error_of_one = 20 * np.log10(255)
+    assert psnr_db(one, np.full_like(one, 101)) == pytest.approx(error_of_one)
     assert psnr_db(one, one) == float("inf")
     assert psnr_db(one, np.zeros_like(one)) < 10  # a black picture is no agreement
 

@@ -2,89 +2,49 @@
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from closeup.errors import ExportError
-from closeup.manifest import LoraLayer
-from export.denoiser import DenoiserStep, denoiser_graph, refuse_other_unets
-from export.graphs import export_graph, open_session
+from export.denoiser import denoiser_graph
+from export.unet import refuse_other_unets
+from tests.step_reference import Array, ExportedStep, fuse, reference_step, relative, single
 from tests.tiny_pipelines import CONTEXT, TOKENS, make_tiny_unet
 
-Array = npt.NDArray[Any]
-RANK = 3
+SIZES = {
+    "batch": 2, "rows": 4, "height": 8, "width": 12, "tokens": TOKENS, "adapters": 3, "rank": 3,
+}  # fmt: skip
 
 
-class Exported:
+class Exported(ExportedStep):
     """A tiny denoiser in ONNX Runtime beside the UNet it came from."""
 
-    def __init__(self, folder: Path) -> None:
-        self.unet = make_tiny_unet()
-        graph = denoiser_graph(
-            copy.deepcopy(self.unet), max_tokens=TOKENS, max_rank=4, max_batch=3, precision="fp32"
-        )
-        self.component = export_graph(graph, folder / "model.onnx", "tiny_denoiser")
-        assert isinstance(graph.module, DenoiserStep)
-        self.layers: tuple[LoraLayer, ...] = graph.module.layers
-        self.graph = graph
-        self.session = open_session(folder / "model.onnx")
+    def draw(self, seed: int = 0, **sizes: int) -> dict[str, Array]:
+        return self.inputs(seed, {**SIZES, **sizes})
 
-    def inputs(self, seed: int = 0, **sizes: int) -> dict[str, Array]:
-        defaults = {
-            "batch": 2, "rows": 4, "height": 8, "width": 12, "tokens": TOKENS, "adapters": 3,
-            "rank": RANK,
-        }  # fmt: skip
-        drawn = self.graph.draw({**defaults, **sizes}, seed)
-        return {name: value.numpy() for name, value in drawn.items()}
+    def reference(self, inputs: dict[str, Array], unet: Any) -> Array:
+        def predict(x: Array, row: dict[str, Array]) -> Array:
+            with torch.no_grad():
+                net = unet(
+                    torch.tensor(x)[None],
+                    torch.tensor(row["timestep"]),
+                    torch.tensor(row["context"])[None],
+                ).sample[0]
+            result: Array = net.numpy()
+            return result
 
-    def run(self, inputs: dict[str, Array]) -> tuple[Array, Array]:
-        next_sample, next_memory = self.session.run(["next_sample", "next_memory"], inputs)
-        return next_sample, next_memory
-
-    def reference(self, inputs: dict[str, Array], unet: UNet2DConditionModel) -> Array:
-        """One step with a plain UNet, sequence by sequence, in numpy; rows' LoRAs ignored."""
-        results = []
-        for b in range(len(inputs["sample"])):
-            eps = np.zeros_like(inputs["sample"][b])
-            for weight, row in zip(inputs["guidance"][b], inputs["pick"][b], strict=True):
-                owner = inputs["rows"][row]
-                x = inputs["sample"][owner] * inputs["input_scale"][owner]
-                with torch.no_grad():
-                    net = unet(
-                        torch.tensor(x)[None],
-                        torch.tensor(inputs["timestep"][row]),
-                        torch.tensor(inputs["context"][row])[None],
-                    ).sample[0]
-                eps += weight * net.numpy()
-            state = np.stack([inputs["sample"][b], eps, *inputs["memory"][b], inputs["noise"][b]])
-            moved = np.einsum("ij,jchw->ichw", inputs["step"][b], state)
-            shown = inputs["known_step"][b][0] * inputs["known"][b]
-            shown = shown + inputs["known_step"][b][1] * inputs["known_noise"][b]
-            mask = inputs["mask"][b]
-            results.append(np.stack([mask * moved[0] + (1 - mask) * shown, moved[1], moved[2]]))
-        return np.stack(results)
+        return reference_step(inputs, predict)
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     torch.set_num_threads(1)
-    return Exported(tmp_path_factory.mktemp("denoiser"))
-
-
-def joined(results: tuple[Array, Array]) -> Array:
-    """(B, 3, 4, h, w): next sample and both memories."""
-    return np.concatenate([results[0][:, None], results[1]], 1)
-
-
-def relative(got: Array, expected: Array) -> float:
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+    path = tmp_path_factory.mktemp("denoiser") / "model.onnx"
+    return Exported(make_tiny_unet(), path, max_tokens=TOKENS)
 
 
 # Float32 rounding through the network gives 1e-6; a step whose matrix row is off by one, a mask
@@ -96,30 +56,30 @@ CLOSE = 2e-5
 def test_denoiser_equals_diffusers_when_no_lora_is_used(
     exported: Exported, height: int, width: int
 ) -> None:
-    inputs = exported.inputs(height=height, width=width)
+    inputs = exported.draw(height=height, width=width)
     inputs["lora_row"][:] = 0
-    expected = exported.reference(inputs, exported.unet)
-    assert relative(joined(exported.run(inputs)), expected) < CLOSE
+    expected = exported.reference(inputs, exported.model)
+    assert relative(exported.run(inputs), expected) < CLOSE
     shifted = {**inputs, "step": np.roll(inputs["step"], 1, axis=2)}
-    assert relative(joined(exported.run(shifted)), expected) > 100 * CLOSE
+    assert relative(exported.run(shifted), expected) > 100 * CLOSE
     assert relative(np.zeros_like(expected), expected) > 100 * CLOSE
 
 
 def test_denoiser_equals_fused_weights_when_a_lora_is_used(exported: Exported) -> None:
-    inputs = exported.inputs(seed=1)
+    inputs = exported.draw(seed=1)
     inputs["lora_row"][:] = 2
-    fused = fuse(exported.unet, exported.layers, inputs["lora"][2])
+    fused = fuse(exported.model, exported.layers, inputs["lora"][2])
     expected = exported.reference(inputs, fused)
-    got = joined(exported.run(inputs))
+    got = exported.run(inputs)
     assert relative(got, expected) < CLOSE
     # The LoRA is not a matter of rounding.
-    assert relative(got, exported.reference(inputs, exported.unet)) > 100 * CLOSE
+    assert relative(got, exported.reference(inputs, exported.model)) > 100 * CLOSE
 
 
 def test_denoiser_adapts_every_linear_and_pointwise_layer(exported: Exported) -> None:
     expected = [
         name
-        for name, module in exported.unet.named_modules()
+        for name, module in exported.model.named_modules()
         if isinstance(module, torch.nn.Linear)
         or (isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1))
     ]
@@ -129,45 +89,45 @@ def test_denoiser_adapts_every_linear_and_pointwise_layer(exported: Exported) ->
 
 
 def test_denoiser_result_is_the_same_when_batch_mates_change(exported: Exported) -> None:
-    inputs = exported.inputs(seed=2, batch=3, rows=6)
-    together = joined(exported.run(inputs))
+    inputs = exported.draw(seed=2, batch=3, rows=6)
+    together = exported.run(inputs)
     for b in range(3):
-        alone = joined(exported.run(single(inputs, b)))
+        alone = exported.run(single(inputs, b))
         # The same sums in another order of threads and tiles.
         assert relative(together[b : b + 1], alone) < 1e-5
     assert relative(together[:1], together[1:2]) > 1e-2
 
 
 def test_denoiser_leaves_mates_untouched_when_a_lora_gives_nan(exported: Exported) -> None:
-    inputs = exported.inputs(seed=3, batch=3, rows=6)
+    inputs = exported.draw(seed=3, batch=3, rows=6)
     inputs["lora_row"] = np.array([0, 1, 2, 0, 1, 2])
-    before = joined(exported.run(inputs))
+    before = exported.run(inputs)
     poisoned = {**inputs, "lora": inputs["lora"].copy()}
     poisoned["lora"][1] = np.nan
-    after = joined(exported.run(poisoned))
+    after = exported.run(poisoned)
     assert np.isfinite(before).all()
     assert np.isnan(after[1, 0]).any()
     np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
 
 
 def test_denoiser_leaves_mates_untouched_when_a_sample_overflows(exported: Exported) -> None:
-    inputs = exported.inputs(seed=4, batch=2, rows=4)
-    before = joined(exported.run(inputs))
+    inputs = exported.draw(seed=4, batch=2, rows=4)
+    before = exported.run(inputs)
     poisoned = {**inputs, "sample": inputs["sample"].copy(), "memory": inputs["memory"].copy()}
     poisoned["sample"][0] = np.inf
     poisoned["memory"][0] = np.nan
-    after = joined(exported.run(poisoned))
+    after = exported.run(poisoned)
     assert not np.isfinite(after[0]).all()
     np.testing.assert_array_equal(after[1], before[1])
 
 
 def test_denoiser_keeps_known_latents_when_the_mask_is_zero(exported: Exported) -> None:
-    inputs = exported.inputs(seed=5)
+    inputs = exported.draw(seed=5)
     inputs["mask"][:] = 0
     weights = inputs["known_step"][:, :, None, None, None]
     expected = weights[:, 0] * inputs["known"] + weights[:, 1] * inputs["known_noise"]
     # Two products and a sum in float32.
-    np.testing.assert_allclose(exported.run(inputs)[0], expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(exported.run(inputs)[:, 0], expected, rtol=0, atol=1e-6)
 
 
 def test_export_graph_records_its_checks(exported: Exported) -> None:
@@ -216,34 +176,3 @@ def test_refuse_other_unets_names_the_reason_when_unet_is_an_inpainting_one() ->
     )
     with pytest.raises(ExportError, match="9 to 4 channels"):
         refuse_other_unets(unet)
-
-
-def single(inputs: dict[str, Array], b: int) -> dict[str, Array]:
-    """The inputs of sequence ``b`` alone."""
-    rows = np.flatnonzero(inputs["rows"] == b)
-    chosen = {name: inputs[name][rows] for name in ("timestep", "context", "lora_row")}
-    by_batch = {
-        name: inputs[name][b : b + 1]
-        for name in inputs
-        if name not in (*chosen, "rows", "pick", "lora")
-    }
-    pick = np.searchsorted(rows, inputs["pick"][b : b + 1])
-    zeros = np.zeros(len(rows), np.int64)
-    return {**by_batch, **chosen, "rows": zeros, "pick": pick, "lora": inputs["lora"]}
-
-
-def fuse(
-    unet: UNet2DConditionModel, layers: tuple[LoraLayer, ...], adapter: Array
-) -> UNet2DConditionModel:
-    """A copy of ``unet`` with one slice (M, r) of the bank added to its weights."""
-    fused = copy.deepcopy(unet)
-    offset = 0
-    for layer in layers:
-        middle = offset + layer.in_features
-        end = middle + layer.out_features
-        delta = adapter[middle:end] @ adapter[offset:middle].T
-        weight = fused.get_submodule(layer.name).weight
-        with torch.no_grad():
-            weight += torch.tensor(delta).reshape(weight.shape)
-        offset = end
-    return fused

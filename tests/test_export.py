@@ -72,6 +72,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return result
 
 
+def graph_path(repository: Path, model: str) -> Path:
+    """The ONNX file of a component; LoRA text encoders lie beside the denoiser's."""
+    folder, _, encoder = model.partition("/")
+    return repository / folder / "1" / f"{encoder or 'model'}.onnx"
+
+
 def read_config(repository: Path, model: str) -> Any:
     text = (repository / model / "config.pbtxt").read_text(encoding="utf-8")
     return text_format.Parse(text, model_config_pb2.ModelConfig())
@@ -79,7 +85,7 @@ def read_config(repository: Path, model: str) -> Any:
 
 @pytest.mark.parametrize(
     ("model", "batch"),
-    [("tiny_text_encoder", 4), ("tiny_vae_encoder", 2), ("tiny_vae_decoder", 2), ("upscaler", 4)],
+    [("tiny_vae_encoder", 2), ("tiny_vae_decoder", 2), ("upscaler", 4)],
 )
 def test_export_writes_configs_that_name_the_graphs_tensors(
     exported: Exported, model: str, batch: int
@@ -98,9 +104,7 @@ def test_export_writes_configs_that_name_the_graphs_tensors(
             assert fixed[0] == -1
             for told, side in zip(tensor.dims, fixed[1:], strict=True):
                 assert told == side or side == -1
-    assert config.input[0].data_type == (
-        model_config_pb2.TYPE_INT64 if model == "tiny_text_encoder" else model_config_pb2.TYPE_FP32
-    )
+    assert config.input[0].data_type == model_config_pb2.TYPE_FP32
 
 
 def test_export_writes_the_denoisers_config_from_its_interface(exported: Exported) -> None:
@@ -125,10 +129,10 @@ def test_config_text_survives_protobuf_when_a_name_needs_quoting() -> None:
 def test_export_stores_evidence_in_the_manifest(exported: Exported) -> None:
     manifest = exported.manifest
     assert [component.model for component in manifest.components] == [
-        "tiny_text_encoder", "tiny_vae_encoder", "tiny_vae_decoder", "tiny_denoiser",
+        "tiny_denoiser/text_encoder", "tiny_vae_encoder", "tiny_vae_decoder", "tiny_denoiser",
     ]  # fmt: skip
     for component in manifest.components:
-        path = exported.repository / component.model / "1" / "model.onnx"
+        path = graph_path(exported.repository, component.model)
         assert component.sha256 == hash_file(path)
         assert component.bytes == path.stat().st_size
         assert 0 < component.max_rel_error < graphs.LIMITS["fp32"]
@@ -152,7 +156,9 @@ def test_export_prefers_flags_to_the_folders_facts(exported: Exported) -> None:
 @pytest.mark.parametrize("prompt", [PROMPT, "", "Red   COAT", "zürich"])
 def test_exported_tokenizer_gives_the_ids_of_the_pipelines(exported: Exported, prompt: str) -> None:
     manifest = exported.manifest
-    tokenizer = PromptTokenizer(manifest.tokenizer, exported.repository / manifest.denoiser)
+    tokenizer = PromptTokenizer(
+        manifest.encoders[0].tokenizer, exported.repository / manifest.denoiser
+    )
     reference = CLIPTokenizer.from_pretrained(exported.pipeline / "tokenizer")
     expected = reference(prompt, padding="max_length", max_length=77, truncation=True).input_ids
     assert tokenizer.encode(prompt).ids.tolist() == expected
@@ -160,6 +166,8 @@ def test_exported_tokenizer_gives_the_ids_of_the_pipelines(exported: Exported, p
 
 def test_exported_components_chain_like_the_pipelines(exported: Exported) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(exported.pipeline, safety_checker=None)
+    manifest = exported.manifest
+    assert manifest.encoders[0].lora is not None
     draw = torch.Generator().manual_seed(3)
     latents = torch.randn(1, 4, 6, 9, generator=draw)
     picture = torch.rand(1, 3, 48, 72, generator=draw) * 2 - 1
@@ -169,15 +177,19 @@ def test_exported_components_chain_like_the_pipelines(exported: Exported) -> Non
         expected = {
             "tiny_vae_decoder": pipeline.vae.decode(latents / scaling).sample,
             "tiny_vae_encoder": pipeline.vae.encode(picture).latent_dist.parameters,
-            "tiny_text_encoder": pipeline.text_encoder(ids)[0],
+            "tiny_denoiser/text_encoder": pipeline.text_encoder(ids)[0],
         }
     inputs = {
         "tiny_vae_decoder": {"latents": latents},
         "tiny_vae_encoder": {"image": picture},
-        "tiny_text_encoder": {"input_ids": ids},
+        "tiny_denoiser/text_encoder": {
+            "input_ids": ids,
+            "lora": torch.zeros(1, manifest.encoders[0].lora.rows, 1),
+            "lora_row": torch.zeros(1, dtype=torch.int64),
+        },
     }
     for model, reference in expected.items():
-        session = open_session(exported.repository / model / "1" / "model.onnx")
+        session = open_session(graph_path(exported.repository, model))
         got = session.run(None, {name: value.numpy() for name, value in inputs[model].items()})[0]
         error = np.linalg.norm(got - reference.numpy()) / np.linalg.norm(reference.numpy())
         # Float32 rounding gives 1e-6; scaling left out or zeros give more than 1e-1.
@@ -277,9 +289,9 @@ def test_export_says_what_is_wrong_when_the_folder_is_no_pipeline(
     (tmp_path / "empty").mkdir()
     assert "no model_index.json" in refused(capsys, "--model", str(tmp_path / "empty"), *common)
     index = tmp_path / "empty" / "model_index.json"
-    index.write_text('{"_class_name": "FluxPipeline"}', encoding="utf-8")
+    index.write_text('{"_class_name": "WanPipeline"}', encoding="utf-8")
     other = refused(capsys, "--model", str(tmp_path / "empty"), *common)
-    assert "is a FluxPipeline" in other
+    assert "is a WanPipeline" in other
     assert not (tmp_path / "repository" / "models.json").exists()
 
 

@@ -307,17 +307,17 @@ def test_faces_of_a_picture_share_engine_calls(make: Make) -> None:
 def test_long_prompt_is_cut_with_a_warning(toy: ToyModels) -> None:
     run, _, _ = toy.paint(**{**FIELDS, "prompt": "word4 " * 80})
     assert run.warnings == [
-        "prompt is 5 tokens longer than the 75 the model reads; its end was cut."
+        "prompt is 5 tokens longer than the 75 that text_encoder reads; its end was cut."
     ]
     run, _, _ = toy.paint(**{**FIELDS, "prompt": "word4 " * 75})
     assert run.warnings == []
     run, _, _ = toy.paint(**FIELDS, inpaint_faces=True, face_prompt="word4 " * 76)
     assert run.warnings == [
-        "face_prompt is 1 tokens longer than the 75 the model reads; its end was cut."
+        "face_prompt is 1 tokens longer than the 75 that text_encoder reads; its end was cut."
     ]
     run, _, _ = toy.paint(**{**FIELDS, "negative_prompt": "word4 " * 80})
     assert run.warnings == [
-        "negative_prompt is 5 tokens longer than the 75 the model reads; its end was cut."
+        "negative_prompt is 5 tokens longer than the 75 that text_encoder reads; its end was cut."
     ]
 
 
@@ -443,7 +443,7 @@ def spoil(name: str, value: float, after: int = 0) -> Callable[[Any, Outputs], O
 @pytest.mark.parametrize(
     ("model", "output"),
     [("toy_vae_decoder", "image"), ("upscaler", "upscaled"), ("toy_vae_encoder", "moments"),
-     ("toy_text_encoder", "last_hidden_state")],
+     ("toy_text_encoder", "context")],
 )  # fmt: skip
 def test_network_output_that_is_not_finite_is_an_error(
     make: Make, model: str, output: str, value: float

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save
 
 from closeup.errors import RequestError
-from closeup.lora import balanced_rows, combine_loras, layer_starts, read_lora
+from closeup.lora import balanced_rows, combine_loras, layer_starts
 from closeup.manifest import LoraLayer, LoraLayout
 from tests.lora_writers import (
     STYLES,
@@ -20,6 +20,7 @@ from tests.lora_writers import (
     LayerFactors,
     delta_of,
     random_factors,
+    read_denoiser,
     tensors_from_factors,
     write_lora,
 )
@@ -75,7 +76,7 @@ def test_read_lora_equals_the_dense_sum_when_written_in_each_style(
     alphas = (3.0, None, 16.0) if style.startswith(("kohya", "diffusers")) else (None,)
     factors = random_factors(layers, seed=1, ranks=(4, 2, 7), alphas=alphas)
     tensors = tensors_from_factors(factors, style, conv_names=CONVOLUTIONS)
-    weights = read_lora(write_lora(tmp_path / "a.safetensors", tensors), LAYOUT)
+    weights = read_denoiser(write_lora(tmp_path / "a.safetensors", tensors), LAYOUT)
     assert weights.rows.shape == (LAYOUT.rows, 7)
     assert weights.rows.dtype == np.float32
     assert weights.warnings == ()
@@ -85,7 +86,7 @@ def test_read_lora_equals_the_dense_sum_when_written_in_each_style(
 def test_read_lora_leaves_zeros_when_layers_are_missing(tmp_path: Path) -> None:
     factors = random_factors(LAYOUT.layers[3:5], seed=2)
     path = write_lora(tmp_path / "a.safetensors", tensors_from_factors(factors, "kohya"))
-    weights = read_lora(path, LAYOUT)
+    weights = read_denoiser(path, LAYOUT)
     starts = layer_starts(LAYOUT)
     assert weights.ranks == tuple(4 if place in (3, 4) else 0 for place in range(len(SHAPES)))
     assert not weights.rows[: starts[6]].any()
@@ -104,7 +105,7 @@ def test_read_lora_rounds_only_as_the_file_does_when_stored_in(kind: str, tmp_pa
             down=_rounded(layer.down, kind), up=_rounded(layer.up, kind), alpha=layer.alpha
         )
     _write_as(path, tensors, kind)
-    weights = read_lora(path, LAYOUT)
+    weights = read_denoiser(path, LAYOUT)
     _assert_deltas(weights, {name: layer.delta for name, layer in rounded.items()})
 
 
@@ -158,20 +159,8 @@ def test_read_lora_takes_the_scale_from_the_header_when_there_is_no_alpha(
     layer = next(layer for layer in LAYOUT.layers if layer.name == f"{ATTENTION}.to_q")
     factors = random_factors((layer,), seed=4)
     tensors = tensors_from_factors(factors, "diffusers")
-    weights = read_lora(write_lora(tmp_path / "a.safetensors", tensors, config), LAYOUT)
+    weights = read_denoiser(write_lora(tmp_path / "a.safetensors", tensors, config), LAYOUT)
     _assert_deltas(weights, {layer.name: scale * factors[layer.name].delta})
-
-
-def test_read_lora_warns_when_the_file_adapts_text_encoders(tmp_path: Path) -> None:
-    tensors = tensors_from_factors(random_factors(LAYOUT.layers[:2], seed=5), "kohya")
-    for prefix in ("lora_te_", "lora_te1_"):
-        stem = f"{prefix}text_model_encoder_layers_0_mlp_fc1"
-        tensors |= {f"{stem}.lora_down.weight": np.ones((2, 9), np.float32),
-                    f"{stem}.lora_up.weight": np.ones((9, 2), np.float32),
-                    f"{stem}.alpha": np.array(1, np.float32)}  # fmt: skip
-    weights = read_lora(write_lora(tmp_path / "my.v1.safetensors", tensors), LAYOUT)
-    assert weights.text_encoder_modules == 2
-    assert weights.warnings == ("LoRA 'my.v1': its 2 text encoder layers are ignored.",)
 
 
 Q_DOWN, Q_UP, Q_ALPHA = STYLES["kohya"](f"{ATTENTION}.to_q")
@@ -212,7 +201,7 @@ def test_read_lora_refuses_in_one_sentence_when_the_file_is_no_plain_lora(
     tensors: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RequestError, match=words) as caught:
-        read_lora(write_lora(tmp_path / "bad.safetensors", tensors), LAYOUT)
+        read_denoiser(write_lora(tmp_path / "bad.safetensors", tensors), LAYOUT)
     sentence = caught.value.problems["prompt"]
     assert sentence.startswith("the LoRA 'bad' ")
     assert sentence.endswith(".")
@@ -223,7 +212,7 @@ def test_read_lora_refuses_when_two_spellings_adapt_one_layer(tmp_path: Path) ->
     factors = random_factors(LAYOUT.layers[4:5], seed=6)
     tensors = tensors_from_factors(factors, "kohya") | tensors_from_factors(factors, "peft")
     with pytest.raises(RequestError, match="to_q twice"):
-        read_lora(write_lora(tmp_path / "a.safetensors", tensors), LAYOUT)
+        read_denoiser(write_lora(tmp_path / "a.safetensors", tensors), LAYOUT)
 
 
 def _damaged_files() -> dict[str, tuple[bytes, str]]:
@@ -265,22 +254,22 @@ def test_read_lora_refuses_in_one_sentence_when_the_file_is_damaged(
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(RequestError, match=words):
-        read_lora(path, LAYOUT)
+        read_denoiser(path, LAYOUT)
 
 
 def test_read_lora_refuses_when_the_file_is_missing_or_a_folder(tmp_path: Path) -> None:
     (tmp_path / "folder.safetensors").mkdir()
     for name in ("missing", "folder"):
         with pytest.raises(RequestError, match="cannot be read"):
-            read_lora(tmp_path / f"{name}.safetensors", LAYOUT)
+            read_denoiser(tmp_path / f"{name}.safetensors", LAYOUT)
 
 
 def test_read_lora_accepts_values_when_they_are_huge_but_finite(tmp_path: Path) -> None:
     huge = np.full((2, 16), 3e38, np.float32)
     tensors = {Q_DOWN: huge, Q_UP: np.ascontiguousarray(huge.T), Q_ALPHA: np.array(64.0, "f4")}
-    weights = read_lora(write_lora(tmp_path / "a.safetensors", tensors), LAYOUT)
+    weights = read_denoiser(write_lora(tmp_path / "a.safetensors", tensors), LAYOUT)
     assert weights.rank == 2
-    narrow = read_lora(tmp_path / "a.safetensors", _layout(max_rank=1))
+    narrow = read_denoiser(tmp_path / "a.safetensors", _layout(max_rank=1))
     assert narrow.rank == 1
     assert not np.isnan(narrow.rows).any()
 
@@ -305,7 +294,7 @@ def test_read_lora_states_the_true_error_when_it_reduces_the_rank(
     layout = _layout(max_rank=limit)
     factors = random_factors(layout.layers, seed=7, ranks=ranks, alphas=(2.0,))
     path = write_lora(tmp_path / "a.safetensors", tensors_from_factors(factors, "kohya"))
-    weights = read_lora(path, layout)
+    weights = read_denoiser(path, layout)
     assert weights.rank == limit
     assert f"rank {max(ranks)} was reduced to {limit}" in weights.warnings[0]
     exact = {name: layer.delta for name, layer in factors.items()}
@@ -331,7 +320,7 @@ def test_read_lora_states_no_loss_when_a_wide_file_is_of_low_rank(tmp_path: Path
         for name, layer in factors.items()
     }
     path = write_lora(tmp_path / "a.safetensors", tensors_from_factors(doubled, "peft"))
-    weights = read_lora(path, layout)
+    weights = read_denoiser(path, layout)
     assert _stated_error(weights) < 1e-7
     _assert_deltas(weights, {name: 3 * layer.delta for name, layer in factors.items()}, layout)
 
@@ -343,7 +332,7 @@ def _two(tmp_path: Path, layout: LoraLayout = LAYOUT) -> tuple[Any, Any, Factors
         write_lora(tmp_path / f"{name}.safetensors", tensors_from_factors(factors, "kohya"))
         for name, factors in (("one", first), ("two", second))
     ]
-    return read_lora(paths[0], layout), read_lora(paths[1], layout), first, second
+    return read_denoiser(paths[0], layout), read_denoiser(paths[1], layout), first, second
 
 
 def _weighted(first: Factors, a: float, second: Factors, b: float) -> dict[str, Any]:
@@ -392,7 +381,7 @@ def test_balanced_rows_keep_the_product_and_more_of_half_precision_when_b_is_tin
 ) -> None:
     factors = random_factors(LAYOUT.layers, seed=11, alphas=(1e-5,))
     path = write_lora(tmp_path / "a.safetensors", tensors_from_factors(factors, "kohya"))
-    weights = read_lora(path, LAYOUT)
+    weights = read_denoiser(path, LAYOUT)
     balanced = balanced_rows(weights.rows, LAYOUT)
     assert balanced.dtype == np.float32
     errors = []

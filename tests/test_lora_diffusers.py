@@ -11,12 +11,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 
-from closeup.lora import combine_loras, read_lora
+from closeup.lora import combine_loras
 from closeup.manifest import LoraLayer, LoraLayout
 from export.lora_layers import is_adaptable
 from tests.lora_writers import (
     delta_of,
     random_factors,
+    read_denoiser,
     tensors_from_factors,
     write_lora,
 )
@@ -122,7 +123,7 @@ def test_read_lora_equals_load_lora_weights_when_one_or_two_are_set(
         for seed, name in enumerate(("one", "two"))
     ]
     plain = _predict(unet)
-    loras = [read_lora(path, layout) for path in paths]
+    loras = [read_denoiser(path, layout) for path in paths]
     ours = [
         _predict_with_rows(unet, combine_loras(parts, layout), layout)
         for parts in ([(loras[0], 1.0)], [(loras[0], 0.6), (loras[1], -0.4)])

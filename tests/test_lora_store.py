@@ -14,8 +14,8 @@ import pytest
 
 import closeup.lora_store
 from closeup.errors import RequestError, UnavailableError
-from closeup.lora import read_lora
 from closeup.lora_bank import LoraBank
+from closeup.lora_read import Layouts, read_lora
 from closeup.lora_store import LoraStore
 from closeup.manifest import LoraLayer, LoraLayout
 from tests.lora_writers import random_factors, tensors_from_factors, write_lora
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _store(folder: Path | None, byte_limit: int = PLENTY) -> LoraStore:
-    return LoraStore(folder, LAYOUT, byte_limit)
+    return LoraStore(folder, {"denoiser": LAYOUT}, byte_limit)
 
 
 def test_ids_lists_the_files_when_the_folder_holds_other_things(folder: Path) -> None:
@@ -88,7 +88,7 @@ def test_check_says_what_to_do_when_nothing_can_be_loaded(folder: Path, tmp_path
     for store, words in (
         (_store(None), "has no LoRA folder"),
         (_store(tmp_path / "empty"), "folder is empty"),
-        (LoraStore(folder, None, PLENTY), "exported without LoRA inputs"),
+        (LoraStore(folder, {"denoiser": None}, PLENTY), "exported without LoRA inputs"),
     ):
         with pytest.raises(RequestError, match=words):
             store.check(["a"])
@@ -102,7 +102,7 @@ def test_load_answers_from_memory_when_the_file_is_unchanged(folder: Path) -> No
     assert store.load("c.v1") is first
     counters = store.counters()
     assert (counters.hits, counters.misses, counters.held) == (1, 1, 1)
-    assert counters.held_bytes == first.rows.nbytes
+    assert counters.held_bytes == first.size_bytes
 
 
 def test_load_reads_again_when_the_file_is_replaced(folder: Path) -> None:
@@ -112,7 +112,7 @@ def test_load_reads_again_when_the_file_is_replaced(folder: Path) -> None:
     _write(folder, "a", seed=99)  # same size; and the same time, as rsync -t would leave it
     os.utime(folder / "a.safetensors", ns=(facts.st_atime_ns, facts.st_mtime_ns))
     after = store.load("a")
-    assert np.abs(after.rows - before.rows).max() > 0.01
+    assert np.abs(after.networks["denoiser"].rows - before.networks["denoiser"].rows).max() > 0.01
     assert store.counters().held == 1
     (folder / "a.safetensors").unlink()
     with pytest.raises(RequestError, match="unknown LoRA id"):
@@ -120,7 +120,7 @@ def test_load_reads_again_when_the_file_is_replaced(folder: Path) -> None:
 
 
 def test_load_drops_the_least_recently_used_when_the_limit_is_reached(folder: Path) -> None:
-    size = _store(folder).load("a").rows.nbytes
+    size = _store(folder).load("a").size_bytes
     store = _store(folder, 2 * size)
     for lora_id in ("a", "b", "a", "c.v1", "a", "b"):
         store.load(lora_id)
@@ -140,8 +140,46 @@ def test_load_keeps_nothing_when_the_file_is_damaged(folder: Path) -> None:
         with pytest.raises(RequestError, match="the LoRA 'a' is truncated"):
             store.load("a")
     (folder / "a.safetensors").write_bytes(good)
-    assert store.load("a").rank == 4
+    assert store.load("a").networks["denoiser"].rank == 4
     assert store.counters().misses == 1
+
+
+def test_load_reads_a_refused_file_again_only_when_it_has_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+
+    def counted(path: Path, layouts: Layouts, *, name: str | None = None) -> Any:
+        reads.append(name)
+        return read_lora(path, layouts, name=name)
+
+    monkeypatch.setattr(closeup.lora_store, "read_lora", counted)
+    store = _store(folder)
+    path = folder / "a.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    for _ in range(3):
+        with pytest.raises(RequestError, match="the LoRA 'a' is truncated"):
+            store.load("a")
+    assert reads == ["a"]
+    path.write_bytes(good)
+    assert store.load("a").name == "a"
+    assert reads == ["a", "a"]
+
+
+def test_load_reads_again_when_a_file_could_not_be_opened(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = _store(folder)
+
+    def denied(path: Path, mode: str) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", denied)
+        with pytest.raises(RequestError, match="cannot be read \\(Permission denied\\)"):
+            store.load("a")
+    assert store.load("a").name == "a"
 
 
 class _Gate:
@@ -153,12 +191,12 @@ class _Gate:
         self.opened = threading.Event()
         self.reads: list[str] = []
 
-    def __call__(self, path: Path, layout: LoraLayout, *, name: str | None = None) -> Any:
+    def __call__(self, path: Path, layouts: Layouts, *, name: str | None = None) -> Any:
         self.reads.append(str(name))
         if name == self.held:
             self.reached.set()
             assert self.opened.wait(20)
-        return read_lora(path, layout, name=name)
+        return read_lora(path, layouts, name=name)
 
 
 @pytest.fixture
@@ -184,7 +222,7 @@ def test_load_reads_once_and_stalls_no_other_id_when_threads_meet(
 
 
 def _bank(folder: Path, rows: int = 3, dtype: Any = np.float32) -> LoraBank:
-    return LoraBank(_store(folder), LAYOUT, rows=rows, dtype=dtype)
+    return LoraBank(_store(folder), {"denoiser": LAYOUT}, rows=rows, dtypes={"denoiser": dtype})
 
 
 def _delta(bank: LoraBank, row: int) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from closeup.errors import ModelError, RequestError, UnavailableError
+from closeup.lora_bank import LoraLease
 from closeup.tickets import TicketDesk
 
 
@@ -16,11 +17,13 @@ class Rows:
     def __init__(self) -> None:
         self.held: list[int] = []
 
-    def acquire(self, loras: Sequence[tuple[str, float]]) -> tuple[int, list[str]]:
+    def acquire(self, loras: Sequence[tuple[str, float]]) -> LoraLease:
         if loras[0][0] == "bad":
             raise RequestError({"prompt": "does not fit."})
         self.held.append(len(self.held) + 1)
-        return self.held[-1], ["was compressed."]
+        return LoraLease(
+            row=self.held[-1], networks=frozenset({"denoiser"}), warnings=("was compressed.",)
+        )
 
     def release(self, row: int) -> None:
         self.held.remove(row)
@@ -31,8 +34,8 @@ def desk(rows: Rows, now_s: list[float] | None = None) -> TicketDesk:
     return TicketDesk(
         capacity=4,
         lease_s=10,
-        acquire_row=rows.acquire,
-        release_row=rows.release,
+        acquire_loras=rows.acquire,
+        release_loras=rows.release,
         clock=lambda: times[0],
     )
 
@@ -54,6 +57,7 @@ def test_ticket_holds_a_lora_row_until_its_release() -> None:
     made = desk(rows)
     number, warnings = made.acquire(1, [("a", 1.0)])
     assert made.lora_row(number) == 1
+    assert made.lora_row(number, "text_encoder") == 0  # the LoRA holds nothing for it
     assert warnings == ["was compressed."]
     made.release(number)
     made.release(number)  # twice is harmless

@@ -32,6 +32,7 @@ from closeup.manifest import (
     MANIFEST_NAME,
     Component,
     FaceDetectorManifest,
+    TextEncoder,
     Tokenizer,
     UpscalerManifest,
     manifest_json,
@@ -58,8 +59,17 @@ def write_toy_repository(folder: Path) -> Path:
         native_px=NATIVE_PX,
         max_batch=8,
         face_prompt_suffix=" word5 word6 word7",
-        tokenizer=Tokenizer(
-            path="tokenizer.json", max_tokens=77, bos_token_id=1, eos_token_id=2, pad_token_id=2
+        encoders=(
+            TextEncoder(
+                name="text_encoder",
+                tokenizer=Tokenizer(
+                    path="tokenizer.json",
+                    max_tokens=77,
+                    bos_token_id=1,
+                    eos_token_id=2,
+                    pad_token_id=2,
+                ),
+            ),
         ),
     )
     upscaler = UpscalerManifest(
@@ -83,7 +93,10 @@ def write_toy_repository(folder: Path) -> Path:
 class NumpyEngine:
     """`numpy_engine` as an `Engine`; each call takes a moment, so that sequences gather."""
 
-    inputs = (TensorSpec(name="context", dtype=np.dtype("f4"), shape=("R", "L", CONTEXT)),)
+    inputs = (
+        TensorSpec(name="context", dtype=np.dtype("f4"), shape=("R", "L", CONTEXT)),
+        TensorSpec(name="lora", dtype=np.dtype("f4"), shape=("S", "M", "r")),
+    )
     outputs: tuple[TensorSpec, ...] = ()
 
     def __init__(self, call_s: float) -> None:
@@ -175,7 +188,7 @@ def encode_text(inputs: Mapping[str, Array]) -> Outputs:
     """One random vector a token."""
     table = np.random.default_rng(0).standard_normal((WORDS, 1, CONTEXT)) + np.zeros((1, 1, 1))
     states = table[inputs["input_ids"], 0] * 2
-    return {"last_hidden_state": states.astype(np.float32)}
+    return {"context": states.astype(np.float32)}
 
 
 def encode_picture(inputs: Mapping[str, Array]) -> Outputs:

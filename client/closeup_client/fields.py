@@ -69,6 +69,14 @@ FIELDS: tuple[Field, ...] = (
         maximum=4000,
     ),
     Field(
+        name="use_lpw",
+        kind=Kind.BOOL,
+        datatype="BOOL",
+        doc="Weighted prompts of any length: `(word:1.2)`, `[word]`; not on FLUX.1.",
+        default="false",
+        allowed="true, false",
+    ),
+    Field(
         name="model",
         kind=Kind.STRING,
         datatype="BYTES",
@@ -162,10 +170,11 @@ FIELDS: tuple[Field, ...] = (
         name="scheduler",
         kind=Kind.STRING,
         datatype="BYTES",
-        doc="Sampler.",
+        doc="Sampler; with a spacing behind it (`dpm++2m_karras`) and in other tools' spellings (`DPM++ 2M Karras`, `uni_pc`) as well.",  # noqa: E501
         default="the model's",
         allowed="euler, euler_a, dpm++2m, dpm++2m_karras, dpm++sde, dpm++sde_karras, lcm, tcd, ddim, dpm++2m_sde, dpm++3m, dpm++3m_sde, dpm++2s, unipc, deis, deis3, heun, dpm2, dpm2_a",  # noqa: E501
-        choices=("euler", "euler_a", "dpm++2m", "dpm++2m_karras", "dpm++sde", "dpm++sde_karras", "lcm", "tcd", "ddim", "dpm++2m_sde", "dpm++3m", "dpm++3m_sde", "dpm++2s", "unipc", "deis", "deis3", "heun", "dpm2", "dpm2_a"),  # noqa: E501
+        minimum=1,
+        maximum=80,
     ),
     Field(
         name="super_resolution",

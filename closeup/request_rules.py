@@ -1,0 +1,168 @@
+"""Which fields fit together, the model and the server: everything that needs no pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from closeup.families import Family
+from closeup.manifest import ModelManifest
+from closeup.options import Options, Problems, shown
+from closeup.prompt import ParsedPrompt, parse_prompt
+from closeup.weighted_prompt import parse_weights
+
+IMAGE_FIELDS = ("only_upscale", "mask_image", "denoising_strength")
+PAINT_FIELDS = ("mask_image", "denoising_strength", "w", "h", "ar", "aspect_ratio")
+FACE_FIELDS = (
+    "face_prompt",
+    "face_denoising_strength",
+    "max_faces",
+    "min_face_ratio",
+    "face_crop_factor",
+    "face_order",
+)
+
+
+class Mode(str, Enum):
+    """Where the picture comes from."""
+
+    TEXT = "text-to-image"
+    IMAGE = "image-to-image"
+    INPAINT = "inpainting"
+    UPSCALE = "only_upscale"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Server options that bound a request.
+
+    Attributes:
+        max_pixels: width times height before super-resolution.
+        max_input_pixels: width times height of `input_image`.
+    """
+
+    max_pixels: int = 2048 * 2048
+    max_input_pixels: int = 4096 * 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """What a server has, as far as requests must know.
+
+    Attributes:
+        models: the pipelines, the default first.
+        known_lora: whether a LoRA of this id is in the server's folder.
+        has_upscaler: the repository has an `upscaler`.
+        has_face_detector: the repository has a `face_detector`.
+        limits: server options.
+    """
+
+    models: Mapping[str, ModelManifest]
+    known_lora: Callable[[str], bool]
+    has_upscaler: bool
+    has_face_detector: bool
+    limits: Limits = field(default_factory=Limits)
+
+
+def find_mode(options: Options) -> Mode:
+    """Return where the picture comes from."""
+    if options.get("only_upscale"):
+        return Mode.UPSCALE
+    if "mask_image" in options:
+        return Mode.INPAINT
+    return Mode.IMAGE if "input_image" in options else Mode.TEXT
+
+
+def wants_super_resolution(options: Options, mode: Mode) -> bool:
+    """Whether the picture is to be enlarged; the face pass and only_upscale need it."""
+    named = options.get("super_resolution") or options.get("inpaint_faces")
+    return bool(named) or mode is Mode.UPSCALE
+
+
+def check_together(options: Options, mode: Mode, streaming: bool) -> None:
+    """Refuse fields that have no effect beside the others: accepted options are used."""
+    has_image = "input_image" in options
+    upscaling = mode is Mode.UPSCALE
+    enlarging = wants_super_resolution(options, mode)
+    useless = "has no effect with only_upscale; leave it out."
+    rules = (  # fields, whether they may be given, what to say otherwise
+        (IMAGE_FIELDS, has_image, "needs input_image; send one or leave it out."),
+        (PAINT_FIELDS, not upscaling, useless),
+        (("hires_fix",), enlarging, "needs super_resolution; set super_resolution to true."),
+        (
+            ("hires_denoising_strength",),
+            bool(options.get("hires_fix")),
+            "needs hires_fix; set hires_fix to true.",
+        ),
+        (
+            FACE_FIELDS,
+            bool(options.get("inpaint_faces")),
+            "needs inpaint_faces; set inpaint_faces to true.",
+        ),
+        (("previews",), streaming, "needs generate_stream; leave it out of generate."),
+        (
+            ("ar",),
+            "aspect_ratio" not in options,
+            "is the older spelling of aspect_ratio; send one of the two.",
+        ),
+    )
+    problems = Problems()
+    for names, allowed, sentence in rules:
+        for name in names:
+            if not allowed and name in options and options[name] is not False:
+                problems.add(name, sentence)
+    if upscaling and int(options.get("num_images", 1)) != 1:
+        problems.add("num_images", "must be 1 with only_upscale.")
+    problems.raise_if_any()
+
+
+def check_served(
+    options: Options, mode: Mode, parsed: ParsedPrompt, model: ModelManifest, served: Served
+) -> None:
+    """Refuse what this server, or this model, does not have."""
+    problems = Problems()
+    if parsed.loras and model.lora is None:
+        problems.add(
+            "prompt",
+            f"the model {model.name} was exported without LoRA inputs (--lora-rank 0); take the "
+            "<lora:...> tags out.",
+        )
+    for tag in parsed.loras:
+        if not served.known_lora(tag.id):
+            problems.add(
+                "prompt",
+                f"there is no LoRA {shown(tag.id)} in the server's folder; check the id or add "
+                "the file.",
+            )
+    _check_family(options, model.facts, problems)
+    for name in ("negative_prompt", "face_prompt"):
+        if _has_tags(str(options.get(name, "")), name):
+            problems.add(name, "takes no tags or flags; put them into prompt.")
+    if not parsed.text.strip():
+        problems.add("prompt", "has no words beside its tags; add some.")
+    if wants_super_resolution(options, mode) and not served.has_upscaler:
+        problems.add("super_resolution", "this server has no upscaler; export one or leave it out.")
+    if options.get("inpaint_faces") and not served.has_face_detector:
+        problems.add("inpaint_faces", "this server has no face detector; export one.")
+    problems.raise_if_any()
+    for name in ("prompt", "negative_prompt", "face_prompt") * bool(options.get("use_lpw")):
+        parse_weights(str(options.get(name, "")), field_name=name)
+
+
+def _check_family(options: Options, facts: Family, problems: Problems) -> None:
+    if options.get("negative_prompt") and not facts.negative_prompt:
+        problems.add("negative_prompt", f"{facts.title} takes none; leave it out.")
+    if options.get("use_lpw") and facts.flow:
+        problems.add("use_lpw", f"{facts.title} takes no weighted prompts; leave it out.")
+    below = facts.cfg_scale_below
+    if below is not None and float(options.get("cfg_scale", 0)) >= below:
+        problems.add(
+            "cfg_scale",
+            f"got {float(options['cfg_scale']):g}; {facts.title} allows 0 to less than {below:g}.",
+        )
+
+
+def _has_tags(text: str, name: str) -> bool:
+    parsed = parse_prompt(text, field_name=name)
+    return bool(parsed.loras or parsed.flags)

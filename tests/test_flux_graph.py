@@ -97,7 +97,7 @@ def test_flux_denoiser_equals_fused_weights_when_a_lora_is_used(exported: Export
     inputs["lora_row"][:] = 2
     fused = fuse(exported.model, exported.layers, inputs["lora"][2])
     assert relative(exported.run(inputs), exported.reference(inputs, fused)) < CLOSE
-    assert relative(exported.run(inputs), exported.reference(inputs, exported.model)) > 1e-2
+    assert relative(exported.run(inputs), exported.reference(inputs, exported.model)) > 100 * CLOSE
 
 
 def test_flux_denoiser_adapts_every_linear_layer(exported: Exported) -> None:
@@ -164,3 +164,19 @@ def test_plain_rms_norm_equals_torch(dtype: torch.dtype) -> None:
     # One rounding to the result's type.
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3}[dtype]
     torch.testing.assert_close(PlainRmsNorm(norm)(x), norm(x), rtol=tolerance, atol=tolerance)
+
+
+def test_flux_denoiser_keeps_timesteps_exact_when_network_is_half() -> None:
+    seen: list[torch.Tensor] = []
+    transformer = make_tiny_flux_transformer().half()
+    graph = denoiser_graph(
+        transformer, max_tokens=TOKENS, max_rank=0, max_batch=1, precision="fp16"
+    )
+    times = transformer.time_text_embed.time_proj.base
+    times.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    inputs = graph.draw({**SIZES, "batch": 1, "rows": 1}, 0)
+    inputs["timestep"][:], inputs["guidance_embed"][:] = 967.7, 3.3
+    with torch.no_grad():
+        graph.module(**inputs)
+    # Float32's rounding; float16 would be off by 0.2 and 0.3.
+    assert [float(value) for value in seen] == pytest.approx([967.7, 3300.0], abs=1e-3)

@@ -80,7 +80,7 @@ def test_sdxl_denoiser_equals_fused_weights_when_a_lora_is_used(exported: Export
     inputs["lora_row"][:] = 2
     fused = fuse(exported.model, exported.layers, inputs["lora"][2])
     assert relative(exported.run(inputs), exported.reference(inputs, fused)) < CLOSE
-    assert relative(exported.run(inputs), exported.reference(inputs, exported.model)) > 1e-2
+    assert relative(exported.run(inputs), exported.reference(inputs, exported.model)) > 100 * CLOSE
 
 
 def test_sdxl_denoiser_result_is_the_same_when_batch_mates_change(exported: Exported) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from closeup.detection import Face, scale_faces
-from closeup.errors import CloseupError, ModelError, RequestCancelled, UnavailableError
+from closeup.errors import CloseupError, ModelError, RequestCancelled, RequestError
 from closeup.face_blend import face_mask
 from closeup.face_geometry import paste
 from closeup.face_pass import MAX_FACTOR

@@ -109,11 +109,12 @@ def _segment(denoiser: Denoiser, ticket: Array, context_width: int, steps: int) 
     manifest = denoiser.manifest
     side = manifest.native_px // manifest.vae_scale_factor
     shape = (manifest.facts.latent_channels, side, side)
+    tokens = manifest.encoders[0].tokenizer.max_tokens
     return {
         "operation": text_tensor(SEGMENT),
         "ticket": ticket,
         "sample": np.zeros(shape, np.float32),
-        "context": np.zeros((2, manifest.encoders[0].tokenizer.max_tokens, context_width), np.float32),
+        "context": np.zeros((2, tokens, context_width), np.float32),
         "guidance": np.full(1, 2.0, np.float32),
         "timestep": np.ones(steps, np.float32),
         "input_scale": np.ones(steps, np.float32),

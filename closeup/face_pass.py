@@ -35,6 +35,7 @@ FaceReport = dict[str, Any]
 # By how much a repainted face may be enlarged to the resolution of its picture.
 PATCH_FACTORS = (1, 2, 4)
 MAX_FACTOR = PATCH_FACTORS[-1]
+MASK_THRESHOLD = 128  # as the masked generation itself reads it
 
 
 async def inpaint_faces(
@@ -103,19 +104,30 @@ def _plan(
         crop_factor=request.model.face_crop_factor,
         enlarged=enlarged,
     )
-    return [plan if _table(run, plan).timesteps.size else _idle(plan) for plan in plans]
+    return [_checked(run, plan) for plan in plans]
+
+
+def _checked(run: Run, plan: FacePlan) -> FacePlan:
+    """Skip a face that the request's steps or its mask leave alone."""
+    if plan.action is FaceAction.SKIP:
+        return plan
+    if not _table(run, plan).timesteps.size:
+        reason = "Its strength times the request's steps is below one step."
+        return replace(plan, action=FaceAction.SKIP, reason=reason)
+    mask = run.request.mask
+    if mask is not None:
+        height, width = plan.image_size
+        x, y = plan.face.center
+        row, column = int(y / height * mask.shape[0]), int(x / width * mask.shape[1])
+        if mask[min(row, mask.shape[0] - 1), min(column, mask.shape[1] - 1)] < MASK_THRESHOLD:
+            reason = "It lies outside mask_image."
+            return replace(plan, action=FaceAction.SKIP, reason=reason)
+    return plan
 
 
 def _table(run: Run, plan: FacePlan) -> StepTable:
     side = plan.work_px
     return step_table(run.request, height=side, width=side, strength=plan.strength)
-
-
-def _idle(plan: FacePlan) -> FacePlan:
-    if plan.action is FaceAction.SKIP:
-        return plan
-    reason = "Its strength times the request's steps is below one step."
-    return replace(plan, action=FaceAction.SKIP, reason=reason)
 
 
 async def _repaint_picture(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from closeup.errors import ModelError, UnavailableError
+from closeup.errors import ModelError, RequestError, UnavailableError
 from closeup.lora_bank import LoraLease
 from closeup.lora_keys import DENOISER
 
@@ -73,8 +73,16 @@ class TicketDesk:
 
         Raises:
             UnavailableError: not enough free slots or bank rows; nothing is held afterwards.
-            RequestError: a LoRA does not fit; nothing is held afterwards.
+            RequestError: a LoRA does not fit, or more slots than there are; nothing is held
+                afterwards.
         """
+        if slots > self._capacity:
+            raise RequestError(
+                {
+                    "num_images": f"got {slots}; this server works on {self._capacity} pictures "
+                    "at once, so ask for fewer in a request."
+                }
+            )
         self._expire()
         with self._lock:
             if self._reserved + slots > self._capacity:

@@ -2,6 +2,7 @@
 
 ``full``, ``bad``, ``broken`` and ``lost model`` are refused with a code, ``slow`` works until the
 client leaves, ``mute`` ends a stream without a result, and every other prompt gets a picture.
+The denoiser lists LoRAs.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ REFUSALS = {
     "broken": (500, "INTERNAL", "INTERNAL: the server failed; its log names the cause under ab12."),
     "lost model": (404, "NOT_FOUND", "Request for unknown model: 'generate' is not found"),
 }
-INDEX = (
+INDEX: tuple[tuple[str, str, str], ...] = (
     ("demo_denoiser", "READY", ""),
     ("demo_vae_decoder", "READY", ""),
     ("broken_denoiser", "UNAVAILABLE", "engine made elsewhere"),
     ("generate", "READY", ""),
     ("upscaler", "READY", ""),
 )
+LORAS = [
+    {"id": "1795721", "bytes": 641_816, "networks": ["denoiser", "text_encoder"]},
+    {"id": "long-" + "x" * 90, "bytes": 12, "networks": None},
+]
 FACES = [
     {
         "index": 0,
@@ -71,6 +76,9 @@ class FakeTriton:
         requests: (model, fields) in order of arrival; BYTES stay bytes, or text over JSON.
         headers: of the requests, lower-case keys.
         left: set when the client left a slow request.
+        index: the repository's entries.
+        loras: what the denoiser answers, JSON.
+        refused: how it refuses instead, one of REFUSALS.
     """
 
     def __init__(self) -> None:
@@ -79,13 +87,27 @@ class FakeTriton:
         self.left = threading.Event()
         self.port = 0
         self.is_ready = True
+        self.index = INDEX
+        self.loras = json.dumps(LORAS)
+        self.refused: tuple[int, str, str] | None = None
 
     def note(self, model: str, fields: dict[str, Any], headers: Mapping[str, str]) -> str:
         """Record a request; returns its prompt."""
         self.requests.append((model, fields))
         self.headers.append({key.lower(): value for key, value in headers.items()})
-        prompt = fields["prompt"]
+        prompt = fields.get("prompt", b"")
         return prompt.decode() if isinstance(prompt, bytes) else str(prompt)
+
+    def refusal(self, prompt: str) -> tuple[int, str, str] | None:
+        """HTTP status, gRPC status and sentence; None when the request is served."""
+        return self.refused or REFUSALS.get(prompt)
+
+    def outputs(self, model: str, fields: Mapping[str, Any]) -> dict[str, list[bytes]]:
+        """What a model answers."""
+        if model == "generate":
+            return result_outputs(fields)
+        assert (model, fields) == ("demo_denoiser", {"operation": b"loras"})
+        return {"loras": [self.loras.encode()]}
 
     def wait_until_left(self, is_there: Callable[[], bool]) -> None:
         """Work slowly until the client is gone."""
@@ -180,19 +202,20 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
         answer = service_pb2.RepositoryIndexResponse()
-        for name, state, reason in INDEX:
+        for name, state, reason in self._fake.index:
             answer.models.add(name=name, version="1", state=state, reason=reason)
         return answer
 
     def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         fields, prompt = self._read(request, context)
-        if prompt in REFUSALS:
-            _, status, message = REFUSALS[prompt]
+        refusal = self._fake.refusal(prompt)
+        if refusal is not None:
+            _, status, message = refusal
             context.abort(getattr(grpc.StatusCode, status), message)
         if prompt == "slow":
             context.add_callback(self._fake.left.set)
             self._fake.wait_until_left(context.is_active)
-        return self._response(result_outputs(fields))
+        return self._response(self._fake.outputs(request.model_name, fields))
 
     def ModelStreamInfer(self, requests: Any, context: Any) -> Any:  # noqa: N802
         for request in requests:
@@ -268,16 +291,16 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:  # noqa: N802
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/v2/repository/index":
-            index = [{"name": n, "state": s, "reason": r} for n, s, r in INDEX]
+            index = [{"name": n, "state": s, "reason": r} for n, s, r in self.fake.index]
             self._send(200, json.dumps(index).encode())
-        elif self.path == "/v2/models/generate/infer":
-            self._infer(body)
+        elif self.path in ("/v2/models/generate/infer", "/v2/models/demo_denoiser/infer"):
+            self._infer(self.path.split("/")[3], body)
         elif self.path == "/v2/models/generate_stream/generate_stream":
             self._stream(json.loads(body))
         else:
             self._send(404, b"")
 
-    def _infer(self, body: bytes) -> None:
+    def _infer(self, model: str, body: bytes) -> None:
         end = int(self.headers["Inference-Header-Content-Length"])
         fields = {}
         for tensor in json.loads(body[:end])["inputs"]:
@@ -286,12 +309,12 @@ class _Handler(BaseHTTPRequestHandler):
             fields[tensor["name"]] = _value(tensor["datatype"], body[end : end + size])
             end += size
         assert end == len(body)
-        prompt = self.fake.note("generate", fields, dict(self.headers))
+        prompt = self.fake.note(model, fields, dict(self.headers))
         if self._refused(prompt):
             return
         if prompt == "slow":
             time.sleep(1)
-        raws = {name: _strings(items) for name, items in result_outputs(fields).items()}
+        raws = {name: _strings(items) for name, items in self.fake.outputs(model, fields).items()}
         outputs = [
             {
                 "name": name,
@@ -301,7 +324,7 @@ class _Handler(BaseHTTPRequestHandler):
             }
             for name, raw in raws.items()
         ]
-        head = json.dumps({"model_name": "generate", "outputs": outputs}).encode()
+        head = json.dumps({"model_name": model, "outputs": outputs}).encode()
         self._send(200, head + b"".join(raws.values()), header_length=len(head))
 
     def _stream(self, fields: dict[str, Any]) -> None:
@@ -340,9 +363,10 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _refused(self, prompt: str) -> bool:
-        if prompt not in REFUSALS:
+        refusal = self.fake.refusal(prompt)
+        if refusal is None:
             return False
-        status, _, message = REFUSALS[prompt]
+        status, _, message = refusal
         self._send(status, json.dumps({"error": message}).encode())
         return True
 

@@ -31,6 +31,9 @@ from closeup_client import (
     Kind,
     Progress,
     Result,
+    Served,
+    ServedLora,
+    ServedModel,
     ServerFailure,
     Unavailable,
     Unreachable,
@@ -39,9 +42,10 @@ from closeup_client import (
 from closeup_client.checks import check_fields
 from closeup_client.errors import error_from_message, problems_from_message
 from closeup_client.pictures import png_from_array
+from closeup_client.served import denoiser_from_served, loras_from_outputs
 from PIL import Image
 
-from tests.fake_triton import EVENTS, FakeTriton, picture, serve_grpc, serve_http
+from tests.fake_triton import EVENTS, LORAS, REFUSALS, FakeTriton, picture, serve_grpc, serve_http
 
 CLIENT = Path(__file__).parents[1] / "client"
 PROTOCOLS = ("grpc", "http")
@@ -305,6 +309,114 @@ def test_health_tells_live_from_ready_when_models_load(fake: FakeTriton, protoco
         "2.51.0",
     )
     assert (loading.live, loading.ready) == (True, False)
+
+
+# --- LoRAs ------------------------------------------------------------------------------------
+
+SERVED_LORAS = (
+    ServedLora(id="1795721", size_bytes=641_816, networks=("denoiser", "text_encoder")),
+    ServedLora(id=str(LORAS[1]["id"]), size_bytes=12, networks=None),
+)
+
+
+def list_loras(fake: FakeTriton, protocol: str, model: str | None) -> tuple[ServedLora, ...]:
+    with connect(fake, protocol) as client:
+        return client.loras(model)
+
+
+def list_loras_async(fake: FakeTriton, protocol: str, model: str | None) -> tuple[ServedLora, ...]:
+    async def work() -> tuple[ServedLora, ...]:
+        async with connect_async(fake, protocol) as client:
+            return await client.loras(model)
+
+    return asyncio.run(work())
+
+
+both_kinds = pytest.mark.parametrize("lister", [list_loras, list_loras_async])
+Lister = Callable[[FakeTriton, str, str | None], tuple[ServedLora, ...]]
+
+
+@both
+@both_kinds
+@pytest.mark.parametrize("model", [None, "demo"])
+def test_loras_lists_the_folder_when_asked(
+    fake: FakeTriton, protocol: str, lister: Lister, model: str | None
+) -> None:
+    assert lister(fake, protocol, model) == SERVED_LORAS
+    assert fake.requests == [("demo_denoiser", {"operation": b"loras"})]
+    assert fake.headers[0]["authorization"] == "Bearer x"
+
+
+@both
+@both_kinds
+@pytest.mark.parametrize(
+    ("model", "kind", "sentence"),
+    [
+        ("nope", InvalidRequest, "model: got 'nope'; served are broken, demo."),
+        ("broken", Unavailable, "the model broken is not ready: engine made elsewhere."),
+    ],
+)
+def test_loras_says_one_sentence_when_the_model_is_not_served(
+    fake: FakeTriton,
+    protocol: str,
+    lister: Lister,
+    model: str,
+    kind: type[ClientError],
+    sentence: str,
+) -> None:
+    with pytest.raises(kind) as caught:
+        lister(fake, protocol, model)
+    assert str(caught.value) == sentence
+    assert fake.requests == []
+
+
+@both
+@both_kinds
+def test_loras_fails_when_no_pipeline_is_served(
+    fake: FakeTriton, protocol: str, lister: Lister
+) -> None:
+    fake.index = (("upscaler", "READY", ""),)
+    with pytest.raises(ServerFailure, match="serves no pipeline") as caught:
+        lister(fake, protocol, None)
+    assert caught.value.code == "NOT_FOUND"
+
+
+@both
+@both_kinds
+def test_loras_passes_the_servers_error_on_when_the_model_has_gone(
+    fake: FakeTriton, protocol: str, lister: Lister
+) -> None:
+    fake.refused = REFUSALS["broken"]
+    with pytest.raises(ServerFailure) as caught:
+        lister(fake, protocol, None)
+    assert str(caught.value) == "the server failed; its log names the cause under ab12."
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "{}x", "3", '["a"]', '[{"id": "a"}]', '[{"id": "a", "bytes": "many"}]']
+)
+def test_lora_list_is_refused_when_it_is_damaged(text: str) -> None:
+    with pytest.raises(ServerFailure, match="no list of LoRAs"):
+        loras_from_outputs({"loras": [text.encode()]})
+    with pytest.raises(ServerFailure, match="no list of LoRAs"):
+        loras_from_outputs({"ticket": []})
+
+
+def test_lora_list_is_empty_when_the_folder_is() -> None:
+    assert loras_from_outputs({"loras": [b"[]"]}) == ()
+
+
+def test_first_ready_pipeline_is_asked_when_no_model_is_given() -> None:
+    loading, ready, other = (
+        ServedModel(name=name, state=state)
+        for name, state in (("a", "LOADING"), ("b", "READY"), ("c", "READY"))
+    )
+    served = Served(pipelines=(loading, ready, other), parts=(), upscaler=None, face_detector=None)
+    assert denoiser_from_served(served, None) == "b_denoiser"
+    assert denoiser_from_served(served, "c") == "c_denoiser"
+    alone = Served(pipelines=(loading,), parts=(), upscaler=None, face_detector=None)
+    with pytest.raises(Unavailable, match=r"^the model a is not ready: LOADING\.$"):
+        denoiser_from_served(alone, None)
 
 
 # --- asyncio ----------------------------------------------------------------------------------

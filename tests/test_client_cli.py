@@ -23,7 +23,7 @@ from closeup_client.progress import ProgressDisplay, eta_text
 from closeup_client.sheet import MAX_FACES, crop_region, sheet_from_result
 from PIL import Image
 
-from tests.fake_triton import FACES, FakeTriton, serve_grpc, serve_http
+from tests.fake_triton import FACES, LORAS, FakeTriton, serve_grpc, serve_http
 
 
 @pytest.fixture
@@ -163,7 +163,12 @@ def test_every_command_exits_3_when_nobody_listens(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"127.0.0.1:{probe.getsockname()[1]}"
-        for command in (["generate", "a", "--out", str(tmp_path)], ["models"], ["health"]):
+        for command in (
+            ["generate", "a", "--out", str(tmp_path)],
+            ["models"],
+            ["loras"],
+            ["health"],
+        ):
             for protocol in ("grpc", "http"):
                 assert main([*command, "--url", url, "--protocol", protocol]) == 3
                 assert f"no server answers at {url}" in capsys.readouterr().err
@@ -208,6 +213,40 @@ def test_models_says_what_is_served_when_asked(
     assert run(fake, "models", "--json") == 0
     served = json.loads(capsys.readouterr().out)
     assert [model["name"] for model in served["pipelines"]] == ["broken", "demo"]
+
+
+def test_loras_prints_the_folder_when_asked(
+    fake: FakeTriton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(fake, "loras") == 0
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines()]
+    assert ["1795721", "627", "denoiser,", "text_encoder"] in rows  # 641816 bytes
+    assert "not loaded yet" in text
+    assert str(LORAS[1]["id"]) in "".join(text.split()).replace("1notloadedyet", "")  # folded
+    assert run(fake, "loras", "--model", "demo", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"id": one["id"], "size_bytes": one["bytes"], "networks": one["networks"]} for one in LORAS
+    ]
+    fake.loras = "[]"
+    assert run(fake, "loras") == 0
+    assert capsys.readouterr().out == (
+        "The server has no LoRAs; it takes their folder as --lora-dir.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "line"),
+    [
+        ("nope", 2, "closeup-client: model: got 'nope'; served are broken, demo.\n"),
+        ("broken", 3, "closeup-client: the model broken is not ready: engine made elsewhere.\n"),
+    ],
+)
+def test_loras_exits_with_a_sentence_when_the_model_is_not_served(
+    fake: FakeTriton, capsys: pytest.CaptureFixture[str], model: str, code: int, line: str
+) -> None:
+    assert run(fake, "loras", "--model", model) == code
+    assert capsys.readouterr().err == line
 
 
 def test_health_exits_by_readiness_when_asked(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from closeup.detection import Face, scale_faces
-from closeup.errors import CloseupError, ModelError, RequestCancelled, UnavailableError
+from closeup.errors import CloseupError, ModelError, RequestCancelled, RequestError
 from closeup.face_blend import face_mask
 from closeup.face_geometry import paste
 from closeup.face_pass import MAX_FACTOR
@@ -486,7 +486,7 @@ def test_error_in_one_picture_stops_its_mates(make: Make) -> None:
 
 def test_request_beyond_the_slots_is_refused_before_any_engine_runs(make: Make) -> None:
     toy = make(settings=Settings(slots=2))
-    with pytest.raises(UnavailableError, match="0 of 2 slots are taken and this request needs 3"):
+    with pytest.raises(RequestError, match="num_images: got 3; this server works on 2 pictures"):
         toy.paint(**FIELDS, num_images=3)
     assert toy.calls == [("toy_denoiser", "acquire")]
     assert_picture(toy.paint(**FIELDS, num_images=2)[1].pictures[1], (SIDE, SIDE))
@@ -511,3 +511,14 @@ def test_inpainting_keeps_the_latents_outside_its_mask(toy: ToyModels) -> None:
     # Outside, the toy autoencoder's own loss: 1 % of contrast and its tiny variance.
     assert change[mask == 0].max() <= 4
     assert change[mask > 0].mean() > 20
+
+
+def test_faces_outside_the_mask_are_left_alone(make: Make) -> None:
+    toy = make(faces=[make_face(40, 50, 20), make_face(100, 50, 20)])
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[32:80, 16:72] = 255
+    inputs = {"input_image": png(waves(SIDE, SIDE)), "mask_image": png(mask)}
+    _, outcome, _ = toy.paint(**FACES, **inputs)
+    inside, outside = sorted(outcome.faces[0], key=lambda face: face["box"][0])
+    assert inside["action"] == "repaint"
+    assert (outside["action"], outside["reason"]) == ("skip", "It lies outside mask_image.")

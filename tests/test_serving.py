@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
+from closeup_client import Client, InvalidRequest
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -282,3 +283,17 @@ def test_server_limit_ends_a_request_whose_client_is_gone(
         assert status == 503
         assert "UNAVAILABLE: the request ran past the server's limit of 1 s" in answer["error"]
         wait_until_idle(short)
+
+
+def test_client_lists_the_lora_folder_when_asked(server: EmbeddedServer) -> None:
+    (path,) = DEMO_LORAS.glob("*.safetensors")
+    ask_grpc(server, {**SMALL, "prompt": f"<lora:{path.stem}:1> a woman"})  # has it read
+    for url in (f"grpc://{server.grpc_url}", f"http://{server.http_url}"):
+        with Client(url) as client:
+            for model in (None, "demo"):
+                (lora,) = client.loras(model)
+                assert (lora.id, lora.size_bytes) == (path.stem, path.stat().st_size)
+                assert lora.networks is not None
+                assert "denoiser" in lora.networks
+            with pytest.raises(InvalidRequest, match=r"^model: got 'nope'; served are demo\.$"):
+                client.loras("nope")

@@ -81,3 +81,8 @@ def test_ticket_is_taken_back_when_its_lease_ends() -> None:
     now_s[0] = 10.5
     made.acquire(4, [])
     assert rows.held == []
+
+
+def test_more_slots_than_there_are_is_the_requests_fault() -> None:
+    with pytest.raises(RequestError, match="num_images: got 5; this server works on 4 pictures"):
+        desk(Rows()).acquire(5, [])

@@ -1,7 +1,8 @@
 """Client of a closeup server: pictures with repainted faces, over gRPC or HTTP.
 
 The pieces: `Client` and `AsyncClient`, what they return (`Result`, `Progress`, `Served`,
-`Health`), the request fields as data (`FIELDS`), and one error tree under `ClientError`.
+`ServedLora`, `Health`), the request fields as data (`FIELDS`), and one error tree under
+`ClientError`.
 """
 
 from closeup_client.aio import AsyncClient
@@ -17,7 +18,7 @@ from closeup_client.errors import (
 )
 from closeup_client.fields import FIELDS, Field, Kind
 from closeup_client.result import Progress, Result, StageImage
-from closeup_client.served import Health, Served, ServedModel
+from closeup_client.served import Health, Served, ServedLora, ServedModel
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,8 +34,9 @@ __all__ = [
     "Kind",
     "Progress",
     "Result",
-    "ServedModel",
     "Served",
+    "ServedLora",
+    "ServedModel",
     "ServerFailure",
     "StageImage",
     "Unavailable",

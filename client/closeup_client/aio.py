@@ -24,7 +24,14 @@ from closeup_client.client import (
     error_from_call,
 )
 from closeup_client.result import Progress, Result, event_from_outputs, result_from_outputs
-from closeup_client.served import Health, Served, served_from_index
+from closeup_client.served import (
+    Health,
+    Served,
+    ServedLora,
+    denoiser_from_served,
+    loras_from_outputs,
+    served_from_index,
+)
 
 
 class AsyncClient:
@@ -54,7 +61,7 @@ class AsyncClient:
     async def generate(self, **fields: Any) -> Result:
         """Make pictures and wait for them; fields and errors as in `Client.generate`."""
         request = wire.prepare(fields, json_stream=False)
-        outputs = await self._transport.infer(request.values, self.timeout_s)
+        outputs = await self._transport.infer(MODEL, request.values, self.timeout_s)
         return result_from_outputs(outputs, encoding=request.encoding, face_pass=request.face_pass)
 
     def stream(self, **fields: Any) -> AsyncGenerator[Progress | Result, None]:
@@ -85,6 +92,12 @@ class AsyncClient:
         index = await self._transport.index(min(self.timeout_s, CONTROL_TIMEOUT_S))
         return served_from_index(index)
 
+    async def loras(self, model: str | None = None) -> tuple[ServedLora, ...]:
+        """What the server's LoRA folder holds; arguments and errors as in `Client.loras`."""
+        name = denoiser_from_served(await self.models(), model)
+        limit_s = min(self.timeout_s, CONTROL_TIMEOUT_S)
+        return loras_from_outputs(await self._transport.infer(name, wire.LIST_LORAS, limit_s))
+
     async def health(self) -> Health:
         """Whether the server answers and takes work.
 
@@ -111,7 +124,7 @@ class AsyncClient:
 
 class _Transport(Protocol):
     async def infer(
-        self, values: Mapping[str, Value], timeout_s: float
+        self, model: str, values: Mapping[str, Value], timeout_s: float
     ) -> dict[str, list[bytes]]: ...
 
     def stream(
@@ -132,8 +145,10 @@ class _GrpcTransport:
         self._channel: Any = None
         self._closed = False
 
-    async def infer(self, values: Mapping[str, Value], timeout_s: float) -> dict[str, list[bytes]]:
-        answer = await self._call("ModelInfer", wire.grpc_request(MODEL, values), timeout_s)
+    async def infer(
+        self, model: str, values: Mapping[str, Value], timeout_s: float
+    ) -> dict[str, list[bytes]]:
+        answer = await self._call("ModelInfer", wire.grpc_request(model, values), timeout_s)
         return wire.outputs_from_grpc(answer)
 
     async def stream(
@@ -203,13 +218,15 @@ class _HttpTransport:
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
 
-    async def infer(self, values: Mapping[str, Value], timeout_s: float) -> dict[str, list[bytes]]:
+    async def infer(
+        self, model: str, values: Mapping[str, Value], timeout_s: float
+    ) -> dict[str, list[bytes]]:
         body, header_length = wire.http_body(values)
         headers = {
             "Content-Type": "application/octet-stream",
             wire.HEADER_LENGTH: str(header_length),
         }
-        path = f"/v2/models/{MODEL}/infer"
+        path = f"/v2/models/{model}/infer"
         async with self._open("POST", path, body, headers, timeout_s) as answer:
             length = answer.headers.get(wire.HEADER_LENGTH)
             content = await answer.read()

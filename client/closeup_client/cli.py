@@ -1,4 +1,4 @@
-"""The command line: ``closeup-client generate | models | health``.
+"""The command line: ``closeup-client generate | models | loras | health``.
 
 Exit codes: 0 done, 2 bad input, 3 no server or a full one, 1 anything else.
 """
@@ -21,7 +21,7 @@ from closeup_client.checks import expected
 from closeup_client.client import DEFAULT_TIMEOUT_S, Client
 from closeup_client.fields import FIELDS, Field, Kind
 from closeup_client.progress import ProgressDisplay
-from closeup_client.report import print_result, served_table
+from closeup_client.report import lora_table, print_result, served_table
 from closeup_client.result import Progress, Result
 
 OK, FAILED, BAD_INPUT, NO_SERVER = 0, 1, 2, 3
@@ -52,8 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
     models = commands.add_parser("models", help="what the server serves", allow_abbrev=False)
+    loras = commands.add_parser("loras", help="what its LoRA folder holds", allow_abbrev=False)
+    loras.add_argument("--model", metavar="NAME", help="default: the first that is ready")
     health = commands.add_parser("health", help="whether it takes work", allow_abbrev=False)
-    for command, run in ((models, run_models), (health, run_health)):
+    for command, run in ((models, run_models), (loras, run_loras), (health, run_health)):
         command.set_defaults(command=run)
         _add_server(command.add_argument_group("server"))
     return parser
@@ -181,6 +183,19 @@ def run_models(options: argparse.Namespace) -> int:
         _print_json(asdict(served))
     else:
         Console().print(served_table(served))
+    return OK
+
+
+def run_loras(options: argparse.Namespace) -> int:
+    """Say what the LoRA folder holds."""
+    with Client(options.url, options.protocol, options.timeout_s) as client:
+        loras = client.loras(options.model)
+    if options.json:
+        _print_json([asdict(lora) for lora in loras])
+    elif loras:
+        Console().print(lora_table(loras))
+    else:
+        print("The server has no LoRAs; it takes their folder as --lora-dir.")
     return OK
 
 

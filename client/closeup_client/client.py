@@ -15,7 +15,14 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from closeup_client import errors, wire
 from closeup_client.checks import Value
 from closeup_client.result import Progress, Result, event_from_outputs, result_from_outputs
-from closeup_client.served import Health, Served, served_from_index
+from closeup_client.served import (
+    Health,
+    Served,
+    ServedLora,
+    denoiser_from_served,
+    loras_from_outputs,
+    served_from_index,
+)
 
 MODEL = "generate"
 STREAM_MODEL = "generate_stream"
@@ -72,7 +79,7 @@ class Client:
             ServerFailure: anything else the server reports.
         """
         request = wire.prepare(fields, json_stream=False)
-        outputs = self._transport.infer(request.values, self.timeout_s)
+        outputs = self._transport.infer(MODEL, request.values, self.timeout_s)
         return result_from_outputs(outputs, encoding=request.encoding, face_pass=request.face_pass)
 
     def stream(self, **fields: Any) -> Generator[Progress | Result, None, None]:
@@ -103,6 +110,22 @@ class Client:
     def models(self) -> Served:
         """What the server serves."""
         return served_from_index(self._transport.index(min(self.timeout_s, CONTROL_TIMEOUT_S)))
+
+    def loras(self, model: str | None = None) -> tuple[ServedLora, ...]:
+        """What the server's LoRA folder holds, sorted by id.
+
+        Args:
+            model: whose memory `ServedLora.networks` tells of, as the request field `model`;
+                None for the first pipeline that is ready. The folder is the same for all.
+
+        Raises:
+            InvalidRequest: no such model is served.
+            Unavailable: the model is not ready, or (`Unreachable`) nobody answers.
+            ServerFailure: anything else the server reports.
+        """
+        name = denoiser_from_served(self.models(), model)
+        limit_s = min(self.timeout_s, CONTROL_TIMEOUT_S)
+        return loras_from_outputs(self._transport.infer(name, wire.LIST_LORAS, limit_s))
 
     def health(self) -> Health:
         """Whether the server answers and takes work.
@@ -142,8 +165,10 @@ def check_timeout(timeout_s: Any) -> None:
 class _Transport(Protocol):
     """What `Client` needs of a protocol; every method raises only `ClientError`."""
 
-    def infer(self, values: Mapping[str, Value], timeout_s: float) -> dict[str, list[bytes]]:
-        """One request, one answer."""
+    def infer(
+        self, model: str, values: Mapping[str, Value], timeout_s: float
+    ) -> dict[str, list[bytes]]:
+        """One request to a model, one answer."""
 
     def stream(
         self, values: Mapping[str, Value], timeout_s: float
@@ -191,9 +216,11 @@ class _GrpcTransport:
             self._channel = grpc.insecure_channel(address.netloc, options=options)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
-    def infer(self, values: Mapping[str, Value], timeout_s: float) -> dict[str, list[bytes]]:
+    def infer(
+        self, model: str, values: Mapping[str, Value], timeout_s: float
+    ) -> dict[str, list[bytes]]:
         return wire.outputs_from_grpc(
-            self._call(self._stub.ModelInfer, wire.grpc_request(MODEL, values), timeout_s)
+            self._call(self._stub.ModelInfer, wire.grpc_request(model, values), timeout_s)
         )
 
     def stream(
@@ -259,13 +286,15 @@ class _HttpTransport:
         self._headers = headers
         self._closed = False
 
-    def infer(self, values: Mapping[str, Value], timeout_s: float) -> dict[str, list[bytes]]:
+    def infer(
+        self, model: str, values: Mapping[str, Value], timeout_s: float
+    ) -> dict[str, list[bytes]]:
         body, header_length = wire.http_body(values)
         headers = {
             "Content-Type": "application/octet-stream",
             wire.HEADER_LENGTH: str(header_length),
         }
-        path = f"/v2/models/{MODEL}/infer"
+        path = f"/v2/models/{model}/infer"
         with self._open("POST", path, body, headers, timeout_s) as answer:
             length = answer.headers.get(wire.HEADER_LENGTH)
             content = answer.read()

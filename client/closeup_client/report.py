@@ -13,7 +13,7 @@ from rich.table import Table
 
 from closeup_client.progress import stage_title
 from closeup_client.result import Result
-from closeup_client.served import Served
+from closeup_client.served import Served, ServedLora
 
 _ACTIONS = {"repaint": "repainted", "skip": "skipped"}
 
@@ -105,6 +105,16 @@ def served_table(served: Served) -> Table:
         ("face_detector", served.face_detector, "inpaint_faces"),
     ):
         table.add_row(name, f"for {use}", escape(state or "missing"))
+    return table
+
+
+def lora_table(loras: Sequence[ServedLora]) -> Table:
+    """One row a LoRA; what it adapts is known of those that the server has read."""
+    table = _table("id", ">KiB", "adapts")
+    table.columns[0].overflow = "fold"  # an id that is cut cannot be copied
+    for lora in loras:
+        adapts = "not loaded yet" if lora.networks is None else ", ".join(lora.networks)
+        table.add_row(escape(lora.id), f"{max(lora.size_bytes / 1024, 1):.0f}", escape(adapts))
     return table
 
 

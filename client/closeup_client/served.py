@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from closeup_client.errors import InvalidRequest, ServerFailure, Unavailable
 
 _DENOISER = "_denoiser"
 
@@ -43,6 +47,22 @@ class Served:
     parts: tuple[ServedModel, ...] = field(repr=False)
     upscaler: str | None
     face_detector: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedLora:
+    """One file of the server's LoRA folder.
+
+    Attributes:
+        id: what prompts call it: ``<lora:ID:WEIGHT>``.
+        size_bytes: of the file.
+        networks: what it adapts, such as ``"denoiser"``; None while the server does not hold it
+            in memory, since only then has the file been read.
+    """
+
+    id: str
+    size_bytes: int
+    networks: tuple[str, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,4 +107,52 @@ def served_from_index(entries: Iterable[tuple[str, str, str]]) -> Served:
         parts=parts,
         upscaler=states.get("upscaler"),
         face_detector=states.get("face_detector"),
+    )
+
+
+def denoiser_from_served(served: Served, model: str | None) -> str:
+    """The repository's name of a pipeline's denoiser.
+
+    Args:
+        served: what there is.
+        model: as the request field `model`; None for the first that is ready.
+
+    Raises:
+        InvalidRequest: no such pipeline is served.
+        Unavailable: it is not ready.
+        ServerFailure: the server serves no pipeline at all.
+    """
+    if not served.pipelines:
+        raise ServerFailure("the server serves no pipeline; is this a closeup server?", "NOT_FOUND")
+    if model is None:
+        found = next((one for one in served.pipelines if one.ready), served.pipelines[0])
+    else:
+        by_name = {one.name: one for one in served.pipelines}
+        if model not in by_name:
+            raise InvalidRequest({"model": f"got {model!r}; served are {', '.join(by_name)}."})
+        found = by_name[model]
+    if not found.ready:
+        reason = found.reason or found.state
+        raise Unavailable(f"the model {found.name} is not ready: {reason.rstrip('.')}.")
+    return f"{found.name}{_DENOISER}"
+
+
+def loras_from_outputs(outputs: Mapping[str, list[bytes]]) -> tuple[ServedLora, ...]:
+    """The LoRA folder, from a denoiser's answer.
+
+    Raises:
+        ServerFailure: the answer holds no such list.
+    """
+    try:
+        return tuple(_lora_from_entry(entry) for entry in json.loads(outputs["loras"][0]))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise ServerFailure("the answer is no list of LoRAs; is this a closeup server?") from None
+
+
+def _lora_from_entry(entry: Mapping[str, Any]) -> ServedLora:
+    networks = entry.get("networks")
+    return ServedLora(
+        id=str(entry["id"]),
+        size_bytes=int(entry["bytes"]),
+        networks=None if networks is None else tuple(str(name) for name in networks),
     )

@@ -17,11 +17,13 @@ from tritonclient.grpc import service_pb2
 
 from closeup_client.checks import Value, check_fields
 from closeup_client.errors import InvalidRequest, ServerFailure, error_from_message
-from closeup_client.fields import FIELD_BY_NAME
+from closeup_client.fields import FIELDS
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+LIST_LORAS: Mapping[str, Value] = {"operation": "loras"}  # what a pipeline's denoiser is asked
 DEFAULT_PORTS = {"grpc": 8001, "http": 8000}
 _SCHEMES = {"": None, "grpc": "grpc", "grpcs": "grpc", "http": "http", "https": "http"}
+_DATATYPES = {field.name: field.datatype for field in FIELDS} | {"operation": "BYTES"}
 _NUMBER_FORMATS = {"INT64": "<q", "FP64": "<d", "BOOL": "<?"}
 
 
@@ -122,7 +124,7 @@ def prepare(fields: Mapping[str, Any], *, json_stream: bool) -> Prepared:
 
 def raw_from_value(name: str, value: Value) -> bytes:
     """One field's tensor as bytes: little-endian numbers, strings after a 4-byte length."""
-    datatype = FIELD_BY_NAME[name].datatype
+    datatype = _DATATYPES[name]
     if datatype == "BYTES":
         data = value if isinstance(value, bytes) else str(value).encode("utf-8")
         return struct.pack("<I", len(data)) + data
@@ -134,7 +136,7 @@ def grpc_request(model: str, values: Mapping[str, Value]) -> Any:
     request = service_pb2.ModelInferRequest(model_name=model)
     for name, value in values.items():
         tensor = request.inputs.add()
-        tensor.name, tensor.datatype = name, FIELD_BY_NAME[name].datatype
+        tensor.name, tensor.datatype = name, _DATATYPES[name]
         tensor.shape.append(1)
         request.raw_input_contents.append(raw_from_value(name, value))
     return request
@@ -156,7 +158,7 @@ def http_body(values: Mapping[str, Value]) -> tuple[bytes, int]:
         {
             "name": name,
             "shape": [1],
-            "datatype": FIELD_BY_NAME[name].datatype,
+            "datatype": _DATATYPES[name],
             "parameters": {"binary_data_size": len(raw)},
         }
         for name, raw in raws.items()

@@ -563,9 +563,9 @@ def test_check_names_field_and_range_when_a_value_is_wrong(
 
 def test_check_reports_every_problem_when_there_are_several() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        check_fields({"steps": 0, "scheduler": "euler-a", "model": "m"})
-    assert list(caught.value.problems) == ["steps", "scheduler", "prompt"]
-    assert caught.value.problems["scheduler"].endswith("Did you mean 'euler_a'?")
+        check_fields({"steps": 0, "response_encoding": "base46", "model": "m"})
+    assert list(caught.value.problems) == ["steps", "response_encoding", "prompt"]
+    assert caught.value.problems["response_encoding"].endswith("Did you mean 'base64'?")
 
 
 def test_check_accepts_both_sides_when_a_field_has_limits() -> None:

@@ -32,7 +32,11 @@ class ServerOptions:
         metrics_port: see ``http_port``.
         lora_dir: folder of ``<id>.safetensors``; models read it as ``CLOSEUP_LORA_DIR``.
         request_timeout_s: the longest a request may take (``CLOSEUP_REQUEST_TIMEOUT_S``).
-        slots: requests in flight at most (``CLOSEUP_SLOTS``).
+        slots: pictures in flight at most (``CLOSEUP_SLOTS``).
+        max_pixels: width times height of a request at most, before super-resolution
+            (``CLOSEUP_MAX_PIXELS``).
+        lora_rows: LoRA combinations resident at once (``CLOSEUP_LORA_ROWS``).
+        lora_cache_bytes: LoRA files kept in memory (``CLOSEUP_LORA_CACHE_BYTES``).
         threads: threads of one engine call (``CLOSEUP_THREADS``).
         model_control: when models are loaded.
         log_verbose: Triton's verbosity, 0 is off.
@@ -52,6 +56,9 @@ class ServerOptions:
     lora_dir: Path | None = None
     request_timeout_s: float | None = None
     slots: int | None = None
+    max_pixels: int | None = None
+    lora_rows: int | None = None
+    lora_cache_bytes: int | None = None
     threads: int | None = None
     model_control: ModelControl = ModelControl.NONE
     log_verbose: int = 0
@@ -83,7 +90,15 @@ def check_options(options: ServerOptions) -> None:
         )
     if options.lora_dir is not None and not options.lora_dir.is_dir():
         raise ServerError(f"There is no folder of LoRAs at {options.lora_dir} (--lora-dir).")
-    for name in ("threads", "slots", "request_timeout_s"):
+    positive = (
+        "threads",
+        "slots",
+        "request_timeout_s",
+        "max_pixels",
+        "lora_rows",
+        "lora_cache_bytes",
+    )
+    for name in positive:
         value = getattr(options, name)
         if value is not None and value <= 0:
             flag = name.replace("_", "-")
@@ -163,6 +178,9 @@ def variables_from_options(options: ServerOptions) -> dict[str, str]:
         "CLOSEUP_REQUEST_TIMEOUT_S": options.request_timeout_s,
         "CLOSEUP_SLOTS": options.slots,
         "CLOSEUP_THREADS": options.threads,
+        "CLOSEUP_MAX_PIXELS": options.max_pixels,
+        "CLOSEUP_LORA_ROWS": options.lora_rows,
+        "CLOSEUP_LORA_CACHE_BYTES": options.lora_cache_bytes,
     }
     return {name: str(value) for name, value in values.items() if value is not None}
 
@@ -179,7 +197,10 @@ def parse_arguments(arguments: Sequence[str]) -> ServerOptions:
     parser.add_argument("--metrics-port", type=int, default=8002)
     parser.add_argument("--lora-dir", type=Path, help="folder of <id>.safetensors")
     parser.add_argument("--request-timeout-s", type=float, help="longest a request may take")
-    parser.add_argument("--slots", type=int, help="requests in flight at most")
+    parser.add_argument("--slots", type=int, help="pictures in flight at most (16)")
+    parser.add_argument("--max-pixels", type=int, help="w times h of a request at most (2048x2048)")
+    parser.add_argument("--lora-rows", type=int, help="LoRA combinations resident at once (16)")
+    parser.add_argument("--lora-cache-bytes", type=int, help="LoRA files kept in memory (1 GiB)")
     parser.add_argument("--threads", type=int, help="threads of one engine call")
     controls = [control.value for control in ModelControl]
     parser.add_argument("--model-control", choices=controls, default="none")

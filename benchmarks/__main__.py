@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.eager_process import EagerProcess, faster_wait_policy
 from benchmarks.hardware import describe_machine, machine_kind
+from benchmarks.lora_cost import measure_lora_cost
 from benchmarks.memory import measure_memory
 from benchmarks.overhead import measure_overhead
 from benchmarks.results import Section, report_data, report_markdown, section_markdown
@@ -21,7 +22,8 @@ from benchmarks.whole_request import measure_whole_request
 from closeup.engines import count_threads
 
 SD15_REPEATS = 3
-KINDS = ("whole", "overhead", "throughput", "memory")
+SERVER_KINDS = ("whole", "overhead", "throughput", "memory")
+KINDS = (*SERVER_KINDS, "lora")
 OVERHEAD_LIMIT = {"demo": 0.08, "sd15": 0.03}
 MEMORY_LIMIT = {"demo": None, "sd15": 1.8}
 
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("kinds", nargs="*", metavar="KIND",
                         help=f"what to measure: {', '.join(KINDS)}; default: all")  # fmt: skip
     parser.add_argument("--sd15", action="store_true", help="also at Stable Diffusion 1.5's size "
-                        "(random weights; 12 GB of memory, 8 GB of disk)")  # fmt: skip
+                        "(random weights; 12 GB of memory, 8 GB of disk, 17 for lora)")  # fmt: skip
     parser.add_argument("--no-demo", action="store_true", help="leave the demo model out")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="the demo's weights")
@@ -57,14 +59,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(subject: Subject, kinds: Sequence[str], *, repeats: int) -> list[Section]:
     """Measure one subject, printing each section as it is found."""
-    subject.export()
-    threads = count_threads()
     sections: list[Section] = []
 
     def found(section: Section) -> None:
         sections.append(section)
         print(f"\n{section_markdown(section)}", flush=True)
 
+    if set(SERVER_KINDS) & set(kinds):
+        measure_served(subject, kinds, found, repeats=repeats)
+    if "lora" in kinds:
+        for section in measure_lora_cost(subject, repeats=repeats):
+            found(section)
+    return sections
+
+
+def measure_served(
+    subject: Subject, kinds: Sequence[str], found: Callable[[Section], None], *, repeats: int
+) -> None:
+    """Measure what needs a server."""
+    subject.export()
+    threads = count_threads()
     with serving(subject, threads=threads) as server:
         if {"whole", "memory"} & set(kinds):
             compare(subject, server, kinds, found, threads=threads, repeats=repeats)
@@ -77,7 +91,6 @@ def measure(subject: Subject, kinds: Sequence[str], *, repeats: int) -> list[Sec
             )
         if "throughput" in kinds and subject.name == "demo":
             found(measure_throughput(subject, server, repeats=min(repeats, 3)))
-    return sections
 
 
 def compare(

@@ -32,6 +32,7 @@ class Subject:
         fields: the request that is timed.
         warm_ups: requests before the timed ones.
         memory_requests: requests during which memory is watched.
+        lora_rank: of the export; None leaves it to the exporter.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Subject:
     fields: dict[str, Any]
     warm_ups: int = 2
     memory_requests: int = 2
+    lora_rank: int | None = None
 
     def export(self) -> None:
         """Write the repository; quick when nothing has changed.
@@ -62,6 +64,8 @@ class Subject:
             "--repository", str(self.repository),
             "--upscaler", str(self.upscaler), "--face-detector", str(self.face_detector),
         ]  # fmt: skip
+        if self.lora_rank is not None:
+            command += ["--lora-rank", str(self.lora_rank)]
         done = subprocess.run(command, cwd=ROOT, check=False)
         if done.returncode:
             raise SystemExit(done.returncode)

@@ -73,16 +73,14 @@ def newcomer_ticks(subject: Subject) -> list[int]:
     The tick that runs when a sequence arrives counts as the first.
     """
     folder = subject.repository / f"{subject.name}_denoiser"
-    config = subject.pipeline / "text_encoder" / "config.json"
-    context_width = json.loads(config.read_text(encoding="utf-8"))["hidden_size"]
     denoiser = Denoiser(folder, settings=Settings(slots=2 * NEWCOMERS))
     try:
-        return asyncio.run(_join(denoiser, context_width))
+        return asyncio.run(_join(denoiser, context_width(subject)))
     finally:
         denoiser.close()
 
 
-async def _join(denoiser: Denoiser, context_width: int) -> list[int]:
+async def _join(denoiser: Denoiser, width: int) -> list[int]:
     acquire = {
         "operation": text_tensor(ACQUIRE),
         "slots": np.array([1], np.int64),
@@ -91,7 +89,7 @@ async def _join(denoiser: Denoiser, context_width: int) -> list[int]:
     ticket = (await asyncio.wrap_future(denoiser.start(acquire)))["ticket"]
 
     async def run(steps: int) -> None:
-        await asyncio.wrap_future(denoiser.start(_segment(denoiser, ticket, context_width, steps)))
+        await asyncio.wrap_future(denoiser.start(segment_inputs(denoiser, ticket, width, steps)))
 
     long = asyncio.ensure_future(run(LONG_STEPS))
     ticks: list[int] = []
@@ -105,7 +103,16 @@ async def _join(denoiser: Denoiser, context_width: int) -> list[int]:
     return ticks
 
 
-def _segment(denoiser: Denoiser, ticket: Array, context_width: int, steps: int) -> dict[str, Array]:
+def context_width(subject: Subject) -> int:
+    """Return the width of the text encoder's embeddings."""
+    config = subject.pipeline / "text_encoder" / "config.json"
+    return int(json.loads(config.read_text(encoding="utf-8"))["hidden_size"])
+
+
+def segment_inputs(
+    denoiser: Denoiser, ticket: Array, context_width: int, steps: int
+) -> dict[str, Array]:
+    """Return a segment of zeros with guidance, at the model's native size."""
     manifest = denoiser.manifest
     side = manifest.native_px // manifest.vae_scale_factor
     shape = (manifest.facts.latent_channels, side, side)

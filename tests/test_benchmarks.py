@@ -6,13 +6,23 @@ import datetime
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.hardware import describe_machine, machine_kind, memory_bytes, processor_name
+from benchmarks.lora_tables import (
+    BASELINE,
+    NO_LORA,
+    mix_section,
+    step_section,
+    turns,
+    wait_section,
+)
 from benchmarks.measuring import compare_pairs, median_by_name, psnr_db
 from benchmarks.processes import MemoryWatch, cpu_seconds, descendants, parents_of_all, pss_bytes
+from benchmarks.random_loras import random_tensors, write_random_lora
 from benchmarks.results import (
     Section,
     Verdict,
@@ -22,6 +32,8 @@ from benchmarks.results import (
     section_markdown,
 )
 from benchmarks.serving import counters_from
+from closeup.lora_read import read_lora
+from closeup.manifest import LoraLayer, LoraLayout
 
 SECTION = Section(
     title="A thing",
@@ -174,3 +186,63 @@ def test_machine_is_described_without_its_name_when_results_are_written() -> Non
     facts = " ".join(describe_machine().values())
     assert os.uname().nodename not in facts
     assert "/" not in facts
+
+
+def test_turns_begin_with_each_name_in_turn_when_there_are_more_rounds_than_names() -> None:
+    assert turns(("a", "b", "c"), 4) == [
+        ("a", "b", "c"), ("b", "c", "a"), ("c", "a", "b"), ("a", "b", "c"),
+    ]  # fmt: skip
+
+
+def test_step_table_holds_ratios_to_the_export_without_inputs_when_ranks_cost_time() -> None:
+    section = step_section("m", {BASELINE: [0.01, 0.02], NO_LORA: [0.011, 0.022]})
+    assert section.rows == (
+        (BASELINE, "15.0", "1.00", "1.00 to 1.00"),
+        (NO_LORA, "16.5", "1.10", "1.10 to 1.10"),
+    )
+    assert "Medians of 2 rounds" in section.notes[0]
+
+
+def test_wait_table_holds_ratios_to_no_lora_when_files_are_read() -> None:
+    section = wait_section("m", 16, {"on disk only": [0.3, 0.3, 0.5], NO_LORA: [0.1, 0.1, 0.1]})
+    assert [row[:3] for row in section.rows] == [
+        ("on disk only", "300.0", "3.00"), (NO_LORA, "100.0", "1.00"),
+    ]  # fmt: skip
+    assert "rank 16" in section.notes[0]
+
+
+@pytest.mark.parametrize(("different", "met"), [(2.0, True), (2.1, True), (2.2, False)])
+def test_mix_misses_its_target_when_different_loras_are_slower(different: float, met: bool) -> None:
+    section = mix_section("m", 8, [different] * 3, [2.0] * 3)
+    assert section.verdicts[0].value == pytest.approx(2.0 / different)
+    assert section.verdicts[0].met is met
+    assert section.rows[1][1] == f"{different:.2f}"
+
+
+def test_random_lora_fills_every_layer_when_read_as_the_server_does(tmp_path: Path) -> None:
+    layouts = {
+        "denoiser": LoraLayout(
+            max_rank=8,
+            layers=(
+                LoraLayer(name="mid_block.attentions.0.proj_in", in_features=6, out_features=5),
+                LoraLayer(name="mid_block.attentions.0.proj_out", in_features=5, out_features=6),
+            ),
+        ),
+        "text_encoder": LoraLayout(
+            max_rank=8,
+            layers=(LoraLayer(name="encoder.layers.0.mlp.fc1", in_features=3, out_features=4),),
+        ),
+        "text_encoder_2": None,
+    }
+    path = write_random_lora(tmp_path / "a.safetensors", layouts, rank=4, seed=1)
+    lora = read_lora(path, layouts)
+    assert lora.warnings == ()
+    assert {name: part.rows.shape for name, part in lora.networks.items()} == {
+        "denoiser": (22, 4), "text_encoder": (7, 4),
+    }  # fmt: skip
+    for part in lora.networks.values():
+        assert (part.rows != 0).mean() > 0.9  # chance makes few zeros, a layer left out many
+    again, other = (random_tensors(layouts, rank=4, seed=seed) for seed in (1, 2))
+    name = "text_encoder.encoder.layers.0.mlp.fc1.lora_A.weight"
+    assert again[name].shape == (4, 3)
+    assert not np.array_equal(again[name], other[name])

@@ -41,13 +41,47 @@ MORE_SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dpm2": ("KDPM2DiscreteScheduler", {}),
     "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}),
 }
-FLOW_SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
-    "dpm++2m": (
-        "DPMSolverMultistepScheduler",
-        {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+
+
+class DrivenFlowHeun(diffusers.FlowMatchHeunDiscreteScheduler):  # type: ignore[misc]
+    """The scheduler with the arguments that the FLUX.1 pipelines pass: it has its own levels.
+
+    The pipelines count 2 n - 1 steps then; 0.75 of 4 steps skips one in their counting and in ours.
+    """
+
+    def set_timesteps(
+        self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, mu: Any = 0.0
+    ) -> None:
+        """Set as many levels as ``sigmas`` has."""
+        super().set_timesteps(num_inference_steps or len(sigmas), device)
+
+
+class DrivenFlowDpm(diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]
+    """The same; the text-to-image pipeline drives its base class as well, the others do not."""
+
+    def set_timesteps(
+        self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, mu: Any = 0.0
+    ) -> None:
+        """Set as many levels as ``sigmas`` has."""
+        dynamic = {"mu": mu} if self.config.use_dynamic_shifting else {}
+        super().set_timesteps(num_inference_steps or len(sigmas), device, **dynamic)
+
+    def scale_noise(self, sample: Any, timestep: Any, noise: Any) -> Any:
+        """What flow-matching schedulers call `add_noise`."""
+        return self.add_noise(sample, noise, timestep)
+
+
+_FLOW_DPM = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOW_SCHEDULERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
+    "euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
+    "euler_karras": (diffusers.FlowMatchEulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "euler_exponential": (
+        diffusers.FlowMatchEulerDiscreteScheduler, {"use_exponential_sigmas": True},
     ),
-}
+    "euler_beta": (diffusers.FlowMatchEulerDiscreteScheduler, {"use_beta_sigmas": True}),
+    "heun": (DrivenFlowHeun, {}),
+    "dpm++2m": (DrivenFlowDpm, _FLOW_DPM),
+}  # fmt: skip
 # Class of the folder's pipeline -> the class of each mode.
 PIPELINES: Mapping[str, Mapping[str, str]] = {
     f"{family}Pipeline": {
@@ -100,9 +134,12 @@ class DiffusersReference:
             arguments: of the pipeline's call.
         """
         pipeline = self.pipeline(mode)
-        known = {**SCHEDULERS, **MORE_SCHEDULERS}
-        name, overrides = (FLOW_SCHEDULERS if self._family == "FluxPipeline" else known)[scheduler]
-        pipeline.scheduler = getattr(diffusers, name).from_config(self.source, **overrides)
+        if self._family == "FluxPipeline":
+            kind, overrides = FLOW_SCHEDULERS[scheduler]
+        else:
+            name, overrides = {**SCHEDULERS, **MORE_SCHEDULERS}[scheduler]
+            kind = getattr(diffusers, name)
+        pipeline.scheduler = kind.from_config(self.source, **overrides)
         pictures = pipeline(
             generator=torch.Generator("cpu").manual_seed(seed), output_type="np", **arguments
         ).images

@@ -147,6 +147,29 @@ def text_style(style: str, network: str) -> Style:
     return keys
 
 
+def original_flux_sizes(width: int, text: int, channels: int, pooled: int) -> dict[str, Any]:
+    """(in, out) of the linear layers in FLUX.1's own code, two blocks of each kind."""
+    block = {
+        f"{stream}_{leaf}": size
+        for stream in ("img", "txt")
+        for leaf, size in {
+            "attn.qkv": (width, 3 * width), "attn.proj": (width, width),
+            "mlp.0": (width, 4 * width), "mlp.2": (4 * width, width),
+            "mod.lin": (width, 6 * width),
+        }.items()
+    }  # fmt: skip
+    single = {"linear2": (5 * width, width), "modulation.lin": (width, 3 * width)}
+    sizes = {f"double_blocks.{n}.{leaf}": size for n in range(2) for leaf, size in block.items()}
+    sizes |= {f"single_blocks.{n}.{leaf}": size for n in range(2) for leaf, size in single.items()}
+    for name, size in {"time_in": 256, "vector_in": pooled, "guidance_in": 256}.items():
+        sizes |= {f"{name}.in_layer": (size, width), f"{name}.out_layer": (width, width)}
+    return sizes | {
+        "img_in": (channels, width), "txt_in": (text, width),
+        "final_layer.linear": (width, channels),
+        "final_layer.adaLN_modulation.1": (width, 2 * width),
+    }  # fmt: skip
+
+
 def tensors_from_factors(
     factors: Factors, style: str | Style, *, conv_names: tuple[str, ...] = ()
 ) -> dict[str, npt.NDArray[Any]]:

@@ -27,6 +27,7 @@ from tests.lora_writers import (
     LayerFactors,
     delta_of,
     kohya_original_style,
+    original_flux_sizes,
     random_factors,
     tensors_from_factors,
     text_style,
@@ -167,29 +168,6 @@ def test_read_lora_equals_load_lora_weights_when_an_sdxl_file_adapts_all_network
         sdxl.unload_lora_weights()
 
 
-def _original_flux_sizes(width: int, text: int, channels: int, pooled: int) -> dict[str, Any]:
-    """(in, out) of the linear layers in FLUX.1's own code, two blocks of each kind."""
-    block = {
-        f"{stream}_{leaf}": size
-        for stream in ("img", "txt")
-        for leaf, size in {
-            "attn.qkv": (width, 3 * width), "attn.proj": (width, width),
-            "mlp.0": (width, 4 * width), "mlp.2": (4 * width, width),
-            "mod.lin": (width, 6 * width),
-        }.items()
-    }  # fmt: skip
-    single = {"linear2": (5 * width, width), "modulation.lin": (width, 3 * width)}
-    sizes = {f"double_blocks.{n}.{leaf}": size for n in range(2) for leaf, size in block.items()}
-    sizes |= {f"single_blocks.{n}.{leaf}": size for n in range(2) for leaf, size in single.items()}
-    for name, size in {"time_in": 256, "vector_in": pooled, "guidance_in": 256}.items():
-        sizes |= {f"{name}.in_layer": (size, width), f"{name}.out_layer": (width, width)}
-    return sizes | {
-        "img_in": (channels, width), "txt_in": (text, width),
-        "final_layer.linear": (width, channels),
-        "final_layer.adaLN_modulation.1": (width, 2 * width),
-    }  # fmt: skip
-
-
 def _original_tensors(
     sizes: Mapping[str, tuple[int, int]], style: str, *, sparse: bool = False
 ) -> dict[str, Any]:
@@ -239,7 +217,7 @@ def test_read_lora_equals_the_converted_state_when_a_flux_file_has_the_original_
     style: str, sparse: bool, flux: Any, tmp_path: Path
 ) -> None:
     layout = _layout(flux.transformer)
-    sizes = _original_flux_sizes(16, 12, 16, 8)
+    sizes = original_flux_sizes(16, 12, 16, 8)
     path = write_lora(tmp_path / "a.safetensors", _original_tensors(sizes, style, sparse=sparse))
     ours = read_lora(path, {"denoiser": layout, "text_encoder": None}).networks["denoiser"]
     reference = path

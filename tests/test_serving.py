@@ -24,6 +24,7 @@ from tritonclient.utils import InferenceServerException
 from closeup.fields import FIELD_BY_NAME, Kind
 from closeup.local import LocalModels
 from closeup.server import EmbeddedServer, ServerOptions
+from tests.golden import GOLDEN_BODY
 from tests.paths import DEMO_LORAS
 from tests.pictures import png_bomb
 
@@ -34,13 +35,6 @@ SMALL = {"prompt": "a portrait of a woman with red hair", "steps": 4, "w": 64, "
 LONG = {**SMALL, "steps": 50, "w": 256, "h": 256}
 TYPES = {Kind.STRING: "BYTES", Kind.IMAGE: "BYTES", Kind.INT: "INT64", Kind.FLOAT: "FP64",
          Kind.BOOL: "BOOL"}  # fmt: skip
-GOLDEN_BODY = """{"prompt": "<lora:1795721:1.0> Surrounded by the natural beauty of a serene, \
-wooded environment, the ohwx woman exudes a sense of tranquility and connection with her \
-surroundings. She wears a flowing, organic-inspired dress in earthy tones, her face framed by \
-loose, windblown hair. The lighting is soft and diffused, creating a soothing, meditative \
-atmosphere that invites the viewer to pause and connect with the moment.",
- "num_images": 1, "super_resolution": true, "inpaint_faces": true, "w": 896, "h": 1152, \
-"scheduler": "euler_a", "ar": "1:1"}"""
 
 
 @pytest.fixture(scope="module")

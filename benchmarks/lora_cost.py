@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.lora_tables import (
     BASELINE,
     NO_LORA,
+    Sample,
     mix_section,
     step_section,
     turns,
@@ -96,14 +97,14 @@ def _release(denoiser: Denoiser, ticket: Array) -> None:
 
 def _step_times(
     without: Subject, with_inputs: Subject, folder: Path, repeats: int
-) -> dict[str, list[float]]:
-    """Seconds a step, by side, taken in turns."""
+) -> dict[str, list[Sample]]:
+    """Samples of one step, by side, taken in turns."""
     steps = SAMPLE_STEPS[without.name]
     ids = {rank: _write(with_inputs, folder, f"rank-{rank}", rank=rank, seed=rank)
            for rank in RANKS}  # fmt: skip
     width = context_width(without)
     with closing(_open(without)) as plain, closing(_open(with_inputs, folder)) as ours:
-        sides: dict[str, Callable[[], float]] = {
+        sides: dict[str, Callable[[], Sample]] = {
             BASELINE: partial(_step_time, plain, (), width, steps),
             NO_LORA: partial(_step_time, ours, (), width, steps),
         }
@@ -112,21 +113,20 @@ def _step_times(
         return _in_turns(sides, repeats)
 
 
-def _step_time(denoiser: Denoiser, loras: Sequence[str], width: int, steps: int) -> float:
+def _step_time(denoiser: Denoiser, loras: Sequence[str], width: int, steps: int) -> Sample:
     ticket = _acquire(denoiser, *loras)
     try:
         inputs = segment_inputs(denoiser, ticket, width, steps)
-        started_s = time.perf_counter()
-        denoiser.start(inputs).result()
-        return (time.perf_counter() - started_s) / steps
+        sample = _timed(lambda: denoiser.start(inputs).result())
+        return Sample(wall_s=sample.wall_s / steps, cpu_s=sample.cpu_s / steps)
     finally:
         _release(denoiser, ticket)
 
 
-def _waits(subject: Subject, folder: Path, repeats: int) -> dict[str, list[float]]:
-    """Seconds from the LoRA's id to the end of the first step with it, by where it was."""
+def _waits(subject: Subject, folder: Path, repeats: int) -> dict[str, list[Sample]]:
+    """Samples from the LoRA's id to the end of the first step with it, by where it was."""
     width = context_width(subject)
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Sample]] = {}
     with closing(_open(subject, folder)) as denoiser:
         other = _write(subject, folder, "other", rank=COMMON_RANK, seed=1000)
 
@@ -145,22 +145,25 @@ def _waits(subject: Subject, folder: Path, repeats: int) -> dict[str, list[float
     return found
 
 
-def _wait(denoiser: Denoiser, loras: Sequence[str], width: int) -> float:
-    started_s = time.perf_counter()
-    ticket = _acquire(denoiser, *loras)
-    denoiser.start(segment_inputs(denoiser, ticket, width, 1)).result()
-    taken_s = time.perf_counter() - started_s
-    _release(denoiser, ticket)
-    return taken_s
+def _wait(denoiser: Denoiser, loras: Sequence[str], width: int) -> Sample:
+    tickets = []
+
+    def work() -> None:
+        tickets.append(_acquire(denoiser, *loras))
+        denoiser.start(segment_inputs(denoiser, tickets[0], width, 1)).result()
+
+    sample = _timed(work)
+    _release(denoiser, tickets[0])
+    return sample
 
 
-def _batches(subject: Subject, folder: Path, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of the requests at once: each with its own LoRA, all with the same."""
+def _batches(subject: Subject, folder: Path, repeats: int) -> tuple[list[Sample], list[Sample]]:
+    """Samples of the requests at once: each with its own LoRA, all with the same."""
     ids = [_write(subject, folder, f"mix-{index}", rank=COMMON_RANK, seed=3000 + index)
            for index in range(REQUESTS)]  # fmt: skip
     settings = Settings(lora_dir=folder, lora_rows=REQUESTS, slots=REQUESTS)
     with LocalModels(subject.repository, settings) as models:
-        sides: dict[str, Callable[[], float]] = {
+        sides: dict[str, Callable[[], Sample]] = {
             "different": partial(_batch, models, subject, ids),
             "same": partial(_batch, models, subject, ids[:1] * REQUESTS),
         }
@@ -168,7 +171,7 @@ def _batches(subject: Subject, folder: Path, repeats: int) -> tuple[list[float],
     return samples["different"], samples["same"]
 
 
-def _batch(models: LocalModels, subject: Subject, loras: Sequence[str]) -> float:
+def _batch(models: LocalModels, subject: Subject, loras: Sequence[str]) -> Sample:
     async def work() -> None:
         runs = []
         for seed, lora in enumerate(loras):
@@ -181,14 +184,18 @@ def _batch(models: LocalModels, subject: Subject, loras: Sequence[str]) -> float
             runs.append(models.run(models.start(request)))
         await asyncio.gather(*runs)
 
-    started_s = time.perf_counter()
-    asyncio.run(work())
-    return time.perf_counter() - started_s
+    return _timed(lambda: asyncio.run(work()))
 
 
-def _in_turns(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def _timed(work: Callable[[], object]) -> Sample:
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    work()
+    return Sample(wall_s=time.perf_counter() - wall_s, cpu_s=time.process_time() - cpu_s)
+
+
+def _in_turns(sides: Mapping[str, Callable[[], Sample]], repeats: int) -> dict[str, list[Sample]]:
     """Measure the sides in turns, after one round that is not counted."""
-    samples: dict[str, list[float]] = {name: [] for name in sides}
+    samples: dict[str, list[Sample]] = {name: [] for name in sides}
     for name in sides:
         sides[name]()
     for order in turns(tuple(sides), repeats):

@@ -15,6 +15,7 @@ from benchmarks.hardware import describe_machine, machine_kind, memory_bytes, pr
 from benchmarks.lora_tables import (
     BASELINE,
     NO_LORA,
+    Sample,
     mix_section,
     step_section,
     turns,
@@ -194,17 +195,30 @@ def test_turns_begin_with_each_name_in_turn_when_there_are_more_rounds_than_name
     ]  # fmt: skip
 
 
+def samples(*walls: float) -> list[Sample]:
+    """Samples whose CPU time is twice the wall time."""
+    return [Sample(wall_s=wall, cpu_s=2 * wall) for wall in walls]
+
+
 def test_step_table_holds_ratios_to_the_export_without_inputs_when_ranks_cost_time() -> None:
-    section = step_section("m", {BASELINE: [0.01, 0.02], NO_LORA: [0.011, 0.022]})
+    section = step_section(
+        "m",
+        {
+            BASELINE: samples(0.01, 0.02),
+            NO_LORA: [Sample(wall_s=0.011, cpu_s=0.03), Sample(wall_s=0.022, cpu_s=0.06)],
+        },
+    )
     assert section.rows == (
-        (BASELINE, "15.0", "1.00", "1.00 to 1.00"),
-        (NO_LORA, "16.5", "1.10", "1.10 to 1.10"),
+        (BASELINE, "15.0", "1.00", "1.00 to 1.00", "1.00"),
+        (NO_LORA, "16.5", "1.10", "1.10 to 1.10", "1.50"),
     )
     assert "Medians of 2 rounds" in section.notes[0]
 
 
 def test_wait_table_holds_ratios_to_no_lora_when_files_are_read() -> None:
-    section = wait_section("m", 16, {"on disk only": [0.3, 0.3, 0.5], NO_LORA: [0.1, 0.1, 0.1]})
+    section = wait_section(
+        "m", 16, {"on disk only": samples(0.3, 0.3, 0.5), NO_LORA: samples(0.1, 0.1, 0.1)}
+    )
     assert [row[:3] for row in section.rows] == [
         ("on disk only", "300.0", "3.00"), (NO_LORA, "100.0", "1.00"),
     ]  # fmt: skip
@@ -213,10 +227,11 @@ def test_wait_table_holds_ratios_to_no_lora_when_files_are_read() -> None:
 
 @pytest.mark.parametrize(("different", "met"), [(2.0, True), (2.1, True), (2.2, False)])
 def test_mix_misses_its_target_when_different_loras_are_slower(different: float, met: bool) -> None:
-    section = mix_section("m", 8, [different] * 3, [2.0] * 3)
+    section = mix_section("m", 8, samples(*[different] * 3), samples(2.0, 2.0, 2.0))
     assert section.verdicts[0].value == pytest.approx(2.0 / different)
     assert section.verdicts[0].met is met
-    assert section.rows[1][1] == f"{different:.2f}"
+    assert section.rows[1][1:] == (f"{different:.2f}", f"{2 * different:.2f}")
+    assert f"different / same: {different / 2:.3f}" in section.notes[0]
 
 
 def test_random_lora_fills_every_layer_when_read_as_the_server_does(tmp_path: Path) -> None:

@@ -473,8 +473,10 @@ def test_close_answers_prompts_that_still_wait(
     denoiser = open_denoiser(_manifest())
     ticket = _acquire(denoiser)
     toy_encoder.opened.clear()
+    toy_encoder.reached.clear()
     inputs = {"ticket": ticket, "encoder": "text_encoder", "input_ids": _ids(1)}
     first = _start(denoiser, "encode", **inputs)
+    assert toy_encoder.reached.wait(20)  # a prompt that has begun is finished
     waiting = _start(denoiser, "encode", **inputs)
     closing = threading.Thread(target=denoiser.close)
     closing.start()

@@ -243,7 +243,7 @@ def test_requests_with_different_loras_share_engine_calls_and_equal_themselves_a
     both = sides["sdxl"]
     mixes: list[dict[str, float]] = [{"one": 0.8}, {"two": 0.6}, {"one": 0.5, "two": -0.4}, {}]
     prompts = [tags(named("sdxl", "diffusers", mix)) for mix in mixes]
-    steps = 20  # time for all to be there at once
+    steps = 30  # time for all to be there at once
     requests = [{**both.fields, "prompt": prompt, "steps": steps} for prompt in prompts]
     alone = [both.ours.generate(**request).pictures[0] for request in requests]
     counters = both.ours.denoiser("sdxl_denoiser").counters

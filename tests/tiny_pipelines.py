@@ -60,6 +60,7 @@ def write_tiny_pipeline(
     seed: int = 0,
     scheduler: Mapping[str, Any] = SCHEDULER,
     linear_projection: bool = False,
+    full_attention: bool = True,
 ) -> Path:
     """Save a random `StableDiffusionPipeline` into ``folder``, native size 64x64 px.
 
@@ -68,15 +69,18 @@ def write_tiny_pipeline(
         seed: of the weights.
         scheduler: arguments of DDIMScheduler, whose config is saved; samplers are built from it.
         linear_projection: project into the transformers with linear layers, not convolutions.
+        full_attention: attend among all latent pixels, not from half their number a side on alone;
+            at 896x1152 px that takes gigabytes.
 
     Returns:
         ``folder``.
     """
+    unet = make_tiny_unet(seed, linear_projection=linear_projection, full_attention=full_attention)
     pipeline = StableDiffusionPipeline(
         vae=make_tiny_vae(seed + 1),
         text_encoder=make_tiny_text_encoder(seed + 2, write_tiny_tokenizer(folder / "tokenizer")),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=make_tiny_unet(seed, linear_projection=linear_projection),
+        unet=unet,
         scheduler=DDIMScheduler(**scheduler),
         safety_checker=None,
         feature_extractor=None,
@@ -226,9 +230,12 @@ def make_tiny_flux_transformer(
     return transformer
 
 
-def make_tiny_unet(seed: int = 0, *, linear_projection: bool = False) -> UNet2DConditionModel:
+def make_tiny_unet(
+    seed: int = 0, *, linear_projection: bool = False, full_attention: bool = True
+) -> UNet2DConditionModel:
     """Make a UNet of three levels (so latent sides need not be multiples of 4), 4 channels."""
     torch.manual_seed(seed)
+    outer = "CrossAttn" if full_attention else ""
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32, 32),
@@ -236,8 +243,8 @@ def make_tiny_unet(seed: int = 0, *, linear_projection: bool = False) -> UNet2DC
         norm_num_groups=8,
         cross_attention_dim=CONTEXT,
         attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=(f"{outer}DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", f"{outer}UpBlock2D"),
         use_linear_projection=linear_projection,
     ).eval()
     with torch.no_grad():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 DEFAULT_REQUEST: dict[str, object] = {
-    "prompt": "a full body photo of a woman with long red hair and glasses wearing a blue dress "
-    "in a park",
-    "seed": 7,
+    "prompt": "a full body photo of a woman with long red hair wearing a blue dress in a park",
+    "seed": 5,
     "steps": 20,
     "scheduler": "euler_a",
     "w": 128,
-    "h": 192,
+    "h": 128,
     "super_resolution": True,
     "inpaint_faces": True,
 }

@@ -32,7 +32,7 @@ from tests.tiny_pipelines import write_tiny_pipeline
 
 pytestmark = pytest.mark.slow
 
-LORA = "1795721"
+LORA, SEED = "1795721", 3
 MODELS = {"sd15": "diffusers", "sdxl": "diffusers", "flux_dev": "transformer"}  # and LoRA style
 FACE = make_face(448, 380, 14)  # px; the models paint 64x64 px, so repainting it adds detail
 
@@ -96,8 +96,9 @@ def planted_face(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(models: LocalModels, body: str) -> tuple[Run, Outcome]:
-    """Run a request as it is, and keep its pictures of before the face pass."""
-    run = models.start(replace(models.resolve(**json.loads(body)), stages=True))
+    """Run a request as it is, with a seed that is always the same, and keep all its stages."""
+    request = models.resolve(**json.loads(body))
+    run = models.start(replace(request, seed=SEED, stages=True))
     return run, asyncio.run(models.run(run))
 
 
@@ -107,7 +108,7 @@ def test_golden_request_runs_the_whole_graph(parts: list[Path], model: str, tmp_
     with serve(parts, model, tmp_path) as models:
         run, outcome = ask(models, GOLDEN_BODY)
         fields = json.loads(GOLDEN_BODY.replace(f"<lora:{LORA}:1.0>", f"<lora:{LORA}:0>"))
-        fields |= {"seed": run.request.seed, "super_resolution": False, "inpaint_faces": False}
+        fields |= {"seed": SEED, "super_resolution": False, "inpaint_faces": False}
         without = models.generate(**fields).pictures[0]
     painted = outcome.stages["generated"][0]
     assert np.abs(painted.astype(int) - without).max() > 20
@@ -134,10 +135,16 @@ def check_warnings(warnings: list[str], model: str) -> None:
 
 
 def check_faces(info: dict[str, Any], outcome: Outcome) -> None:
-    assert info["usage"]["faces_repainted"] >= 1
+    """Each reported face changed, the planted one among them, and nothing elsewhere.
+
+    In some noise the detector sees a small face of its own.
+    """
+    boxes = np.array([face["box"] for face in info["images"][0]["faces"]])  # x0, y0, x1, y1
+    assert info["usage"]["faces_repainted"] == len(boxes)
+    centers, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).max(1)
+    assert np.abs(centers - 2 * np.array(FACE.center)).max(1).min() < 1
     before, after = outcome.stages["super_resolution"][0], outcome.pictures[0]
-    changed = np.argwhere((before != after).any(-1))
-    assert len(changed) > 100
-    if len(info["images"][0]["faces"]) == 1:  # the face alone
-        x, y = (2 * value for value in FACE.center)
-        assert np.abs(changed - (y, x)).max() <= 2 * FACE.side * 2
+    changed = np.argwhere((before != after).any(-1))[:, ::-1]
+    near = np.abs(changed[:, None] - centers).max(-1) <= 2 * sides
+    assert near.any(1).all()
+    assert near.sum(0).min() > 100

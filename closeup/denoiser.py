@@ -86,6 +86,11 @@ class Denoiser:
         return self._batcher.counters
 
     @property
+    def engine_s(self) -> float:
+        """Seconds inside engines, the text encoders' included."""
+        return self.counters.engine_s + self._encoders.engine_s
+
+    @property
     def slots_in_use(self) -> int:
         """Pictures in flight."""
         return self._desk.slots_in_use

@@ -33,7 +33,7 @@ def _state(name: str, description: str) -> MetricSpec:
 METRICS: tuple[MetricSpec, ...] = (
     _total("engine_calls", "Denoiser engine calls"),
     _total("sequence_steps", "Denoising steps of sequences"),
-    _total("engine_seconds", "Seconds in the denoiser engine"),
+    _total("engine_seconds", "Seconds in the denoiser's and the text encoders' engines"),
     _state("slots_in_use", "Pictures in flight"),
     _total("lora_hits", "LoRA files answered from memory"),
     _total("lora_misses", "LoRA files read from disk"),
@@ -55,7 +55,7 @@ def metric_values(denoiser: Denoiser) -> dict[str, float]:
     values: dict[str, float] = {
         "closeup_engine_calls_total": counters.engine_calls,
         "closeup_sequence_steps_total": counters.sequence_steps,
-        "closeup_engine_seconds_total": counters.engine_s,
+        "closeup_engine_seconds_total": denoiser.engine_s,
         "closeup_slots_in_use": denoiser.slots_in_use,
     }
     loras = denoiser.lora_counters()

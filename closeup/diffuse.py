@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from closeup.conditioning import Guide
@@ -101,35 +103,46 @@ async def denoise(
         ModelError: the latents are no longer finite.
     """
     memory = np.zeros((2, *sample.shape), np.float32)
-    inpainting = mask is not None and known is not None and known_noise is not None
-    for first in range(0, len(table.timesteps), run.segment_steps):
-        part = slice(first, first + run.segment_steps)
-        inputs: dict[str, Array] = {
+    fixed = {"context": guide.context, **guide.extras}
+    if mask is not None and known is not None and known_noise is not None:
+        fixed |= {"known": known, "known_noise": known_noise}
+    first, total = 0, len(table.timesteps)
+    while first < total:
+        part = slice(first, min(first + run.segment_length(sample), total))
+        steps = part.stop - first
+        inputs = {
             "operation": text_tensor(SEGMENT),
             "ticket": np.array([run.ticket], np.int64),
             "sample": sample,
             "memory": memory,
-            "context": guide.context,
-            **guide.extras,
-            "guidance": np.array([run.request.cfg_scale], np.float32),
-            "timestep": table.timesteps[part],
-            "input_scale": table.input_scale[part],
-            "step": table.step[part],
+            **fixed,
+            **_table_inputs(run, table, part, mask),
         }
         if table.draws_noise[part].any():
             inputs["noise"] = _draw_noise(table.draws_noise[part], sample.shape, stream)
-        if inpainting:
-            assert mask is not None
-            inputs["mask"] = mask[part] if len(mask) > 1 else mask
-            inputs |= {"known": known, "known_noise": known_noise}  # type: ignore[dict-item]
-            inputs["known_step"] = table.known_step[part]
+        started_s = time.perf_counter()
         answer = await run.infer(run.request.model.denoiser, inputs, ["next_sample", "next_memory"])
+        run.note_segment(sample, steps, time.perf_counter() - started_s)
         sample, memory = answer["next_sample"], answer["next_memory"]
-        steps = len(table.timesteps[part])
+        first += steps
         run.count("denoiser_steps", steps)
         estimate = memory[0] if table.denoised_in_memory else sample
         run.advance(steps, image=image, preview=await _preview(run, estimate))
     return sample
+
+
+def _table_inputs(run: Run, table: StepTable, part: slice, mask: Floats | None) -> dict[str, Array]:
+    """Return the segment's inputs that differ from step to step."""
+    inputs: dict[str, Array] = {
+        "guidance": np.array([run.request.cfg_scale], np.float32),
+        "timestep": table.timesteps[part],
+        "input_scale": table.input_scale[part],
+        "step": table.step[part],
+    }
+    if mask is not None:
+        inputs["mask"] = mask[part] if len(mask) > 1 else mask
+        inputs["known_step"] = table.known_step[part]
+    return inputs
 
 
 def _draw_noise(draws: Array, shape: tuple[int, ...], stream: TorchNormal) -> Floats:

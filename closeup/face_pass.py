@@ -82,11 +82,13 @@ async def inpaint_faces(
 async def find_faces(run: Run, pixels: Pixels) -> list[Face]:
     """Return the faces of a picture, in its own pixels."""
     height, width = pixels.shape[:2]
-    looks = []
-    for long_side in detection_long_sides(height, width):
+
+    async def look(long_side: int) -> list[Face]:
         tensor, scale = detector_input(pixels, long_side=long_side)
         outputs = await run.infer("face_detector", {"input": tensor}, OUTPUT_NAMES)
-        looks.append(decode_detections(outputs, scale=scale, size=(height, width)))
+        return decode_detections(outputs, scale=scale, size=(height, width))
+
+    looks = await together(run, [look(side) for side in detection_long_sides(height, width)])
     run.advance(1)
     return merge_detections(*looks)
 

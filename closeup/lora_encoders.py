@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,7 @@ class LoraEncoders:
     def __init__(self, encoders: Sequence[TextEncoder], folder: Path) -> None:
         self._encoders = {one.name: one for one in encoders if one.lora is not None}
         self._engines: dict[str, Engine] = {}
+        self.engine_s = 0.0  # seconds inside the engines, written by the worker only
         try:
             for name in self._encoders:
                 engine = open_engine(folder / f"{name}.onnx", options=EngineOptions())
@@ -109,7 +111,9 @@ class LoraEncoders:
             "lora": array([row], name),
             "lora_row": np.full(len(input_ids), row, np.int64),
         }
+        started_s = time.perf_counter()
         outputs = self._engines[name].run(feeds)
+        self.engine_s += time.perf_counter() - started_s
         wanted = self._encoders[name].outputs
         return {output: np.asarray(outputs[output], np.float32) for output in wanted}
 

@@ -21,6 +21,9 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
 
+# A segment should take about this long: one longer delays cancellation, one shorter costs calls.
+SEGMENT_S = 0.4
+
 COUNTERS = ("inference_cycles", "denoiser_steps", "faces_repainted")
 
 
@@ -75,6 +78,7 @@ class Run:
         check: raises when the request was cancelled or is past its deadline; called before
             every engine call.
         report: takes progress events.
+        segment_steps: steps a segment; None sizes segments by time.
         timings_ms: stage -> wall milliseconds; stages do not overlap.
         usage: counters for billing: inference cycles (one a picture for its generation, its
             `hires_fix` and its face pass), denoising steps, faces.
@@ -85,13 +89,14 @@ class Run:
     models: Models
     check: Callable[[], None]
     report: Callable[[Progress], None]
-    segment_steps: int
+    segment_steps: int | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
     usage: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
     warnings: list[str] = field(default_factory=list)
     ticket: int = 0
     started_s: float = field(default_factory=time.perf_counter)
     failed: bool = False
+    _step_s_per_value: float | None = None
     _stage: str = ""
     _stage_started_s: float = 0.0
     _done: int = 0
@@ -186,6 +191,22 @@ class Run:
         """Note finished work of the current stage and report it."""
         self._done += steps
         self._announce(image, preview)
+
+    def segment_length(self, sample: Array) -> int:
+        """Return how many steps of a sequence the next segment takes, at least 1.
+
+        Args:
+            sample: its latents; the time of a step is taken to grow with their number.
+        """
+        if self.segment_steps is not None:
+            return self.segment_steps
+        if self._step_s_per_value is None:
+            return 1
+        return max(1, int(SEGMENT_S / (self._step_s_per_value * sample.size)))
+
+    def note_segment(self, sample: Array, steps: int, elapsed_s: float) -> None:
+        """Learn from a segment how long steps take, waiting for batch mates included."""
+        self._step_s_per_value = max(elapsed_s, 1e-6) / (steps * sample.size)
 
     def warn(self, sentence: str) -> None:
         """Add a sentence for the client, once."""

@@ -19,7 +19,8 @@ class Settings:
         slots: pictures in flight; more are refused with UNAVAILABLE.
         max_pixels: width times height of a request, before super-resolution.
         max_batch: sequences a denoiser call holds; None takes the engine's limit.
-        segment_steps: denoising steps between two looks at cancellation and progress.
+        segment_steps: denoising steps between two looks at cancellation and progress; None sizes
+            segments by time (`closeup.run.SEGMENT_S`).
         lora_rows: LoRA combinations resident at once.
         lora_cache_bytes: LoRA files kept in memory.
     """
@@ -29,7 +30,7 @@ class Settings:
     slots: int = 16
     max_pixels: int = 2048 * 2048
     max_batch: int | None = None
-    segment_steps: int = 4
+    segment_steps: int | None = None
     lora_rows: int = 16
     lora_cache_bytes: int = 1 << 30
 
@@ -60,7 +61,7 @@ def read_settings(environment: dict[str, str] | None = None) -> Settings:
         slots=int(number("CLOSEUP_SLOTS", base.slots)),
         max_pixels=int(number("CLOSEUP_MAX_PIXELS", base.max_pixels)),
         max_batch=max_batch or None,
-        segment_steps=int(number("CLOSEUP_SEGMENT_STEPS", base.segment_steps)),
+        segment_steps=int(number("CLOSEUP_SEGMENT_STEPS", 0)) or None,
         lora_rows=int(number("CLOSEUP_LORA_ROWS", base.lora_rows)),
         lora_cache_bytes=int(number("CLOSEUP_LORA_CACHE_BYTES", base.lora_cache_bytes)),
     )

@@ -118,7 +118,7 @@ class ToyModels(LocalModels):
         folder: from `write_toy_repository`.
         faces: what the detector finds in every picture, px of the generated picture.
         call_s: seconds a denoiser call takes.
-        settings: as a server would have them.
+        settings: as a server would have them; segments of four steps by default.
 
     Attributes:
         calls: the models called, in order, as (name, operation or "").
@@ -133,7 +133,7 @@ class ToyModels(LocalModels):
         call_s: float = 0.003,
         settings: Settings | None = None,
     ) -> None:
-        super().__init__(folder, settings)
+        super().__init__(folder, settings or Settings(segment_steps=4))
         self.faces = list(faces)
         self.calls: list[tuple[str, str]] = []
         self.faults: dict[str, Callable[[Mapping[str, Array], Outputs], Outputs]] = {}

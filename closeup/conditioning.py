@@ -67,18 +67,27 @@ class Conditioning:
         if "pooled" in facts.row_extras:
             extras["pooled"] = np.stack([row.pooled for row in rows if row.pooled is not None])
         if "time_ids" in facts.row_extras:
-            extras["time_ids"] = np.array([_time_ids(height, width)] * len(rows), np.float32)
+            given = {} if face else request.size_ids
+            ids = _time_ids(height, width, given)
+            extras["time_ids"] = np.array([ids] * len(rows), np.float32)
         if "guidance_embed" in facts.row_extras and request.model.guidance_embeds:
             extras["guidance_embed"] = np.full(len(rows), request.cfg_scale, np.float32)
         return Guide(context=np.stack([row.context for row in rows]), extras=extras)
 
 
-def _time_ids(height: int, width: int) -> tuple[int, ...]:
-    """Original size, crop offset and target size, as the pipelines' defaults give them.
+def _time_ids(height: int, width: int, given: Mapping[str, int]) -> tuple[int, ...]:
+    """Original size, crop offset and target size, with the pipelines' defaults.
 
     Source: diffusers, StableDiffusionXLPipeline._get_add_time_ids.
     """
-    return (height, width, 0, 0, height, width)
+    return (
+        given.get("original_h", height),
+        given.get("original_w", width),
+        given.get("crop_y", 0),
+        given.get("crop_x", 0),
+        given.get("target_h", height),
+        given.get("target_w", width),
+    )
 
 
 async def encode_prompts(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Conditioning:

@@ -130,6 +130,16 @@ FIELDS: tuple[Field, ...] = (
           doc="Sides in this ratio, with the model's own number of pixels."),
     Field(name="ar", kind=Kind.STRING, default="none", choices=tuple(LEGACY_ASPECTS),
           doc="Older spelling of `aspect_ratio`."),
+    *(
+        Field(name=f"{what}_{side}", kind=Kind.INT, default=default, minimum=low, maximum=8192,
+              doc=f"SDXL: {meaning} that the network is told, px.")
+        for what, meaning, low, default, sides in (
+            ("original", "size of the original picture", 64, "the picture's", "wh"),
+            ("crop", "offset of the crop", 0, "0", "xy"),
+            ("target", "target size", 64, "the picture's", "wh"),
+        )
+        for side in sides
+    ),
     Field(name="scheduler", kind=Kind.STRING, default="the model's", minimum=1, maximum=80,
           words=", ".join(SAMPLERS),
           doc="Sampler; with a spacing behind it (`dpm++2m_karras`) and in other tools' spellings "

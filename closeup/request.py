@@ -23,6 +23,7 @@ from closeup.manifest import ModelManifest
 from closeup.options import Options, Value, parse_flags, parse_options, shown
 from closeup.prompt import LoraTag, parse_prompt
 from closeup.request_rules import (
+    SIZE_ID_FIELDS,
     Limits,
     Mode,
     Served,
@@ -55,6 +56,7 @@ class Request:
         image: uint8 (height, width, 3), the input picture; None for text-to-image.
         mask: uint8 (height, width), 255 is repainted; only for inpainting.
         strength: of image-to-image and inpainting, 0..1.
+        size_ids: SDXL's size fields that were given.
         warnings: sentences for the client, e.g. about options without effect.
         The rest are the request fields of the same meaning.
     """
@@ -81,6 +83,7 @@ class Request:
     faces: FaceOptions
     image: Pixels | None
     mask: Pixels | None
+    size_ids: Mapping[str, int]
     image_format: ImageFormat
     image_quality: int
     raw: bool
@@ -141,6 +144,7 @@ def resolve_request(options: Options, *, served: Served, streaming: bool) -> Req
         faces=_face_options(options),
         image=image,
         mask=mask,
+        size_ids={name: int(options[name]) for name in SIZE_ID_FIELDS if name in options},
         image_format=cast(ImageFormat, options.get("image_format", DEFAULT_FORMAT)),
         image_quality=int(options.get("image_quality", DEFAULT_QUALITY)),
         raw=options.get("response_encoding") == "raw",

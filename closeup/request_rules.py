@@ -14,6 +14,7 @@ from closeup.weighted_prompt import parse_weights
 
 IMAGE_FIELDS = ("only_upscale", "mask_image", "denoising_strength")
 PAINT_FIELDS = ("mask_image", "denoising_strength", "w", "h", "ar", "aspect_ratio")
+SIZE_ID_FIELDS = ("original_w", "original_h", "crop_x", "crop_y", "target_w", "target_h")
 FACE_FIELDS = (
     "face_prompt",
     "face_denoising_strength",
@@ -155,6 +156,9 @@ def _check_family(options: Options, facts: Family, problems: Problems) -> None:
         problems.add("negative_prompt", f"{facts.title} takes none; leave it out.")
     if options.get("use_lpw") and facts.flow:
         problems.add("use_lpw", f"{facts.title} takes no weighted prompts; leave it out.")
+    for name in SIZE_ID_FIELDS:
+        if name in options and "time_ids" not in facts.row_extras:
+            problems.add(name, f"{facts.title} is told no sizes; leave it out.")
     below = facts.cfg_scale_below
     if below is not None and float(options.get("cfg_scale", 0)) >= below:
         problems.add(

@@ -184,6 +184,19 @@ def test_guidance_embedding_and_size_ids_reach_the_network(sides: dict[str, Side
     assert psnr_db(ours, theirs) < BAR_DB  # an empty negative prompt is not none: zeros
 
 
+def test_sdxl_size_fields_equal_diffusers(sides: dict[str, Sides]) -> None:
+    given = {"original_w": 300, "original_h": 200, "crop_x": 16, "crop_y": 8,
+             "target_w": 128, "target_h": 112}  # fmt: skip
+    ours, without = paint_both(sides["sdxl"], "sdxl", "text-to-image", "euler", 4.0, given)
+    theirs = sides["sdxl"].theirs.paint(
+        "text-to-image", "euler", seed=SEED, prompt=PROMPT, num_inference_steps=STEPS,
+        guidance_scale=4.0, width=WIDTH, height=HEIGHT, original_size=(200, 300),
+        crops_coords_top_left=(8, 16), target_size=(112, 128),
+    )  # fmt: skip
+    assert psnr_db(ours, theirs) >= BAR_DB
+    assert psnr_db(without, theirs) < BAR_DB
+
+
 def test_worst_cases_are_above_the_bar(sides: dict[str, Sides]) -> None:
     for name, of_pipeline in sides.items():
         levels = of_pipeline.levels

@@ -11,6 +11,7 @@ import pytest
 from closeup.errors import RequestError
 from closeup.fields import FIELDS, MAX_PROMPT_CHARACTERS, Field, Kind
 from closeup.request import Limits, Mode, Request, Served, parse_options, resolve_request
+from closeup.request_rules import SIZE_ID_FIELDS
 from tests.manifests import make_manifest
 from tests.pictures import png, png_bomb
 
@@ -120,6 +121,7 @@ def test_golden_request_resolves_word_for_word() -> None:
         ({"face_prompt": "a <lora:style:1>", "inpaint_faces": True}, "face_prompt",
          "takes no tags"),
         ({"negative_prompt": "b <lora:style:1>"}, "negative_prompt", "takes no tags"),
+        ({"crop_x": 5}, "crop_x", "Stable Diffusion 1.5 is told no sizes"),
         ({"face_crop_factor": 9.0, "inpaint_faces": True}, "face_crop_factor", "1.2 to 4"),
     ],
 )  # fmt: skip
@@ -174,6 +176,8 @@ def test_both_sides_of_every_number_range_are_as_documented() -> None:
             continue
         step = field.multiple_of or (1 if field.kind.value == "int" else 0.01)
         with_it = extra.get(field.name, {"inpaint_faces": True})
+        if field.name in SIZE_ID_FIELDS:
+            with_it = {"models": {"toy": make_manifest(family="sdxl")}}
         for value in (field.minimum, field.maximum):
             given: dict[str, Any] = {field.name: as_given(field, value)}
             resolve(prompt="a", **given, **with_it)

@@ -197,6 +197,22 @@ def test_sdxl_size_fields_equal_diffusers(sides: dict[str, Sides]) -> None:
     assert psnr_db(without, theirs) < BAR_DB
 
 
+def test_weighted_prompts_equal_diffusers_where_every_weight_is_one(
+    sides: dict[str, Sides],
+) -> None:
+    plain = {"use_lpw": True}
+    ours, theirs = paint_both(sides["sdxl"], "sdxl", "text-to-image", "euler", 4.0, plain)
+    assert psnr_db(ours, theirs) >= BAR_DB
+    weighted = {"use_lpw": True, "prompt": PROMPT.replace("woman", "(woman:1.6)")}
+    ours, theirs = paint_both(sides["sdxl"], "sdxl", "text-to-image", "euler", 4.0, weighted)
+    assert psnr_db(ours, theirs) < BAR_DB
+    long = sides["sdxl"].ours.generate(
+        prompt=", ".join([PROMPT] * 20), use_lpw=True, seed=SEED, steps=STEPS, w=WIDTH, h=HEIGHT,
+        model="sdxl",
+    ).pictures[0]  # fmt: skip
+    assert long.std() > 5
+
+
 def test_worst_cases_are_above_the_bar(sides: dict[str, Sides]) -> None:
     for name, of_pipeline in sides.items():
         levels = of_pipeline.levels

@@ -122,6 +122,7 @@ class StepBatcher:
         run: the engine, feeds -> outputs; called from the worker thread only.
         max_batch: sequences in one call.
         loras: the resident LoRA bank; None when the engine has no LoRA inputs.
+        run_plain: the same engine without LoRA inputs, for calls in which no sequence uses any.
     """
 
     def __init__(
@@ -130,11 +131,13 @@ class StepBatcher:
         *,
         max_batch: int,
         loras: LoraSource | None = None,
+        run_plain: Run | None = None,
     ) -> None:
         self.counters = BatchCounters()
         self._run = run
         self._max_batch = max_batch
         self._loras = loras
+        self._run_plain = run_plain
         self._active: list[_Running] = []
         self._wake = threading.Condition()
         self._closed = False
@@ -232,12 +235,15 @@ class StepBatcher:
             memories=[running.memory for running in batch],
             steps=[running.done for running in batch],
         )
-        if self._loras is not None:
-            feeds["lora"] = self._loras.array([running.segment.lora_row for running in batch])
-        else:
+        rows = [running.segment.lora_row for running in batch]
+        run = self._run
+        if self._loras is None or (self._run_plain is not None and not any(rows)):
             del feeds["lora_row"]
+            run = self._run_plain or run
+        else:
+            feeds["lora"] = self._loras.array(rows)
         start = time.perf_counter()
-        outputs = self._run(feeds)
+        outputs = run(feeds)
         elapsed_s = time.perf_counter() - start
         self.counters.engine_calls += 1
         self.counters.sequence_steps += len(batch)

@@ -25,7 +25,7 @@ from closeup.lora_read import layouts_from_manifest
 from closeup.lora_store import LoraStore, StoreCounters
 from closeup.manifest import MANIFEST_NAME, ModelManifest, read_manifest
 from closeup.run import Array
-from closeup.segments import ACQUIRE, ENCODE, LORAS, RELEASE, SEGMENT
+from closeup.segments import ACQUIRE, ENCODE, LORAS, PLAIN_NAME, RELEASE, SEGMENT
 from closeup.settings import Settings
 from closeup.tickets import TicketDesk
 
@@ -61,6 +61,8 @@ class Denoiser:
     def __init__(self, folder: Path, *, version: str = "1", settings: Settings) -> None:
         self.manifest = manifest = read_manifest(folder / MANIFEST_NAME)
         self._engine = open_engine(folder / version / "model.onnx", options=EngineOptions())
+        plain = folder / version / PLAIN_NAME
+        self._plain = open_engine(plain, options=EngineOptions()) if plain.exists() else None
         self._encoders = LoraEncoders(manifest.encoders, folder / version)
         self._limit_s = settings.request_timeout_s + LEASE_MARGIN_S
         self._loader = ThreadPoolExecutor(LORA_LOADERS, thread_name_prefix="lora")
@@ -77,6 +79,7 @@ class Denoiser:
             max_batch=min(manifest.max_batch, settings.max_batch or manifest.max_batch),
             loras=None if self._bank is None or manifest.lora is None
             else self._bank.view(DENOISER),
+            run_plain=None if self._plain is None else self._plain.run,
         )  # fmt: skip
         self._warm_up()
 
@@ -131,6 +134,8 @@ class Denoiser:
         self._loader.shutdown(wait=False, cancel_futures=True)
         self._encoders.close()
         self._engine.close()
+        if self._plain is not None:
+            self._plain.close()
 
     def _acquire(self, inputs: Mapping[str, Array]) -> Answer:
         loras = [(str(name), float(weight)) for name, weight in json.loads(_text(inputs, "loras"))]

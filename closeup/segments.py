@@ -18,6 +18,9 @@ ENCODE = "encode"
 SEGMENT = "segment"
 LORAS = "loras"
 
+# Beside the denoiser's model.onnx where it is small: the same graph without LoRA inputs.
+PLAIN_NAME = "plain.onnx"
+
 _F = "TYPE_FP32"
 
 

@@ -21,7 +21,7 @@ from closeup.manifest import (
     UpscalerManifest,
     manifest_json,
 )
-from closeup.segments import DENOISER_INPUTS, DENOISER_OUTPUTS
+from closeup.segments import DENOISER_INPUTS, DENOISER_OUTPUTS, PLAIN_NAME
 from export.components import (
     face_detector_graph,
     face_detector_tensors,
@@ -52,6 +52,9 @@ UPSCALER_BATCH = 4
 DETECTOR_BATCH = 8
 # Pictures in one VAE call: their activations, not the weights, are what fills the memory.
 VAE_PIXELS = 512 * 512
+# A denoiser this small is exported without LoRA inputs as well, for calls that use none: its steps
+# are so short that unused LoRA operators cost a quarter of them. Weights are then there twice.
+PLAIN_BYTES = 256 << 20
 
 
 def export_pipeline(
@@ -199,11 +202,17 @@ def _export_components(
     written = export_part(job, staging.graph_path(draft.denoiser), draft.denoiser)
     _write_denoiser(staging, draft.denoiser)
     _report(DENOISER, written.component)
+    components.append(written.component)
+    if written.layers and written.component.bytes < PLAIN_BYTES:
+        path = staging.graph_path(draft.denoiser).with_name(PLAIN_NAME)
+        plain = export_part(dataclasses.replace(job, max_rank=0), path, f"{draft.denoiser}/plain")
+        _report("denoiser without LoRA inputs", plain.component)
+        components.append(plain.component)
     return dataclasses.replace(
         draft,
         encoders=tuple(encoders),
         lora=_lora_layout(options, written),
-        components=(*components, written.component),
+        components=tuple(components),
     )
 
 

@@ -230,3 +230,26 @@ def test_sequence_leaves_when_its_future_is_cancelled() -> None:
         calls = made.counters.engine_calls
         time.sleep(0.05)
         assert made.counters.engine_calls == calls
+
+
+def test_plain_engine_runs_calls_in_which_nobody_uses_a_lora() -> None:
+    engine = GatedEngine()
+    plain_calls: list[set[str]] = []
+
+    def run_plain(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        plain_calls.append(set(feeds))
+        rows = len(feeds["rows"])
+        bank = {"lora": TwoLoras().bank, "lora_row": np.zeros(rows, np.int64)}
+        return run_numpy_engine({**feeds, **bank})
+
+    made = StepBatcher(engine.run, max_batch=4, loras=TwoLoras(), run_plain=run_plain)
+    try:
+        without = made.submit(segment(1)).result(10)
+        assert len(plain_calls) == 4
+        assert not plain_calls[0] & {"lora", "lora_row"}
+        assert engine.batches == []
+        assert_same(without.sample, alone(segment(1)).sample)
+        made.submit(segment(2, lora_row=1)).result(10)
+        assert engine.batches == [1] * 4
+    finally:
+        made.close()

@@ -130,6 +130,7 @@ def test_export_stores_evidence_in_the_manifest(exported: Exported) -> None:
     manifest = exported.manifest
     assert [component.model for component in manifest.components] == [
         "tiny_denoiser/text_encoder", "tiny_vae_encoder", "tiny_vae_decoder", "tiny_denoiser",
+        "tiny_denoiser/plain",
     ]  # fmt: skip
     for component in manifest.components:
         path = graph_path(exported.repository, component.model)

@@ -239,7 +239,9 @@ def test_plain_engine_runs_calls_in_which_nobody_uses_a_lora() -> None:
     def run_plain(feeds: Mapping[str, Array]) -> dict[str, Array]:
         plain_calls.append(set(feeds))
         rows = len(feeds["rows"])
-        bank = {"lora": TwoLoras().bank, "lora_row": np.zeros(rows, np.int64)}
+        bank: dict[str, Array] = {
+            "lora": TwoLoras().bank, "lora_row": np.zeros(rows, np.int64)
+        }  # fmt: skip
         return run_numpy_engine({**feeds, **bank})
 
     made = StepBatcher(engine.run, max_batch=4, loras=TwoLoras(), run_plain=run_plain)

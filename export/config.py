@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from closeup.tensors import TritonTensor
 
 MODEL_FILE = "model.onnx"
-# Long enough for requests that arrive together to share a call, short beside any of the calls.
-QUEUE_DELAY_US = 500
+# A delay is paid by every lone request. Without one, requests that arrive while a call runs still
+# share the next.
+QUEUE_DELAY_US = 0
 # The native backend's own options, as strings. 0 intra-op threads: as many as there are cores,
 # or what the server's option says.
 ONNXRUNTIME_PARAMETERS: Mapping[str, str] = {

@@ -93,7 +93,8 @@ def test_export_writes_configs_that_name_the_graphs_tensors(
     config = read_config(exported.repository, model)
     session = open_session(exported.repository / model / "1" / "model.onnx")
     assert (config.name, config.backend, config.max_batch_size) == (model, "onnxruntime", batch)
-    assert config.dynamic_batching.max_queue_delay_microseconds > 0
+    assert config.HasField("dynamic_batching")
+    assert config.dynamic_batching.max_queue_delay_microseconds == 0  # lone requests do not wait
     for declared, real in (
         (config.input, session.get_inputs()),
         (config.output, session.get_outputs()),

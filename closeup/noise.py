@@ -50,6 +50,25 @@ class TorchNormal:
         flat = self._fill(size) if size >= _BLOCK else self._draw_few(size)
         return flat.reshape(tuple(shape))
 
+    def randn_each(self, count: int, shape: Sequence[int]) -> Singles:
+        """Draws several arrays one after the other: ``count`` calls of :meth:`randn`, stacked.
+
+        Args:
+            count: how many arrays, 0 or more.
+            shape: of each.
+
+        Returns:
+            (count, *shape) float32, contiguous.
+        """
+        size = math.prod(shape)
+        if size >= _BLOCK and size % _BLOCK == 0:
+            # Whole blocks leave nothing over, so the arrays are one stretch of the stream.
+            return self.randn((count, *shape))
+        drawn = np.empty((count, *shape), np.float32)
+        for index in range(count):
+            drawn[index] = self.randn(shape)
+        return drawn
+
     def _fill(self, size: int) -> Singles:
         """At least a block: whole blocks, then the last 16 values again from fresh uniforms."""
         uniforms = self._draw_uniforms(size)

@@ -81,3 +81,19 @@ def test_torch_normal_is_fast_when_a_1024_px_latent_is_drawn() -> None:
         seconds.append(time.perf_counter() - start)
     # 3 ms on a quiet core; the bound only catches a loop in Python (150 ms).
     assert min(seconds) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 16), (4, 9, 7), (3,), ()])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_randn_each_equals_single_draws_when_their_size_is_any(
+    count: int, shape: tuple[int, ...]
+) -> None:
+    one_by_one, at_once = TorchNormal(5), TorchNormal(5)
+    expected = [one_by_one.randn(shape) for _ in range(count)]
+    drawn = at_once.randn_each(count, shape)
+    assert drawn.shape == (count, *shape)
+    assert drawn.dtype == np.float32
+    for array, other in zip(drawn, expected, strict=True):
+        np.testing.assert_array_equal(array, other)
+    # The stream stands at the same place afterwards.
+    np.testing.assert_array_equal(at_once.randn((40,)), one_by_one.randn((40,)))

@@ -154,14 +154,10 @@ def fit_colour(patch: Floats, original: Floats, mask: Floats) -> tuple[Floats, F
         The gain, (3,) float32 in [0.8, 1.25], and the bias, (3,) float32 in [-0.15, 0.15]:
         recoloured = patch * gain + bias. 1 and 0 where hardly any ring is left.
     """
-    gain, bias = np.ones(3, np.float32), np.zeros(3, np.float32)
     ring = _ring(mask)
     if int(ring.sum()) < _MIN_RING_PIXELS:
-        return gain, bias
-    before, after = _smoothed(patch, ring), _smoothed(original, ring)
-    for channel in range(3):
-        gain[channel], bias[channel] = _fit_line(before[:, channel], after[:, channel])
-    return gain, bias
+        return np.ones(3, np.float32), np.zeros(3, np.float32)
+    return _fit_lines(_smoothed(patch, ring), _smoothed(original, ring))
 
 
 def _ring(mask: Floats) -> npt.NDArray[np.bool_]:
@@ -173,7 +169,7 @@ def _ring(mask: Floats) -> npt.NDArray[np.bool_]:
 
 
 def _smoothed(values: Floats, ring: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """Average over neighbours within the ring: colour is what stays when detail is gone.
+    """Average over neighbours within the ring, (3, n): colour is what stays when detail is gone.
 
     Without it the patch's own noise would flatten the fitted gain.
     """
@@ -181,24 +177,29 @@ def _smoothed(values: Floats, ring: npt.NDArray[np.bool_]) -> npt.NDArray[np.flo
     sigma = max(1.0, values.shape[0] / 64)
     total = cv2.GaussianBlur(values * weight[:, :, None], (0, 0), sigma)
     share = cv2.GaussianBlur(weight, (0, 0), sigma)
-    smoothed: npt.NDArray[np.float64] = (total[ring] / share[ring][:, None]).astype(np.float64)
-    return smoothed
+    return np.ascontiguousarray((total[ring] / share[ring][:, None]).T, np.float64)
 
 
-def _fit_line(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Fit y = gain x + bias robustly and within bounds."""
-    kept = np.ones(len(x), bool)
-    gain, bias = 1.0, float(np.median(y - x))
+def _fit_lines(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> tuple[Floats, Floats]:
+    """Fit y = gain x + bias to each row of (3, n), robustly and within bounds."""
+    gain, bias = np.ones((3, 1)), np.median(y - x, axis=1, keepdims=True)
     for _ in range(3):
         error = np.abs(y - gain * x - bias)
-        kept = error <= 2.5 * 1.4826 * float(np.median(error)) + 1e-3
-        mean_x, mean_y = float(x[kept].mean()), float(y[kept].mean())
-        spread = float(((x[kept] - mean_x) ** 2).mean())
-        shared = float(((x[kept] - mean_x) * (y[kept] - mean_y)).mean())
+        spread = np.median(error, axis=1, keepdims=True)
+        kept = error <= 2.5 * 1.4826 * spread + 1e-3
+        mean_x, mean_y = _mean(x, kept), _mean(y, kept)
+        off = x - mean_x
         # The constant draws the gain to 1 where the ring has one colour and so cannot tell it.
-        gain = float(np.clip((shared + 1e-3) / (spread + 1e-3), *_GAIN_RANGE))
-        bias = float(np.clip(mean_y - gain * mean_x, -_MAX_BIAS, _MAX_BIAS))
-    return gain, bias
+        shared, own = _mean(off * (y - mean_y), kept) + 1e-3, _mean(off * off, kept) + 1e-3
+        gain = np.clip(shared / own, *_GAIN_RANGE)
+        bias = np.clip(mean_y - gain * mean_x, -_MAX_BIAS, _MAX_BIAS)
+    return gain[:, 0].astype(np.float32), bias[:, 0].astype(np.float32)
+
+
+def _mean(values: npt.NDArray[np.float64], kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Mean of the values kept, row by row: (3, n) -> (3, 1)."""
+    mean: npt.NDArray[np.float64] = np.einsum("cn,cn->c", values, kept) / kept.sum(axis=1)
+    return mean[:, None]
 
 
 def blend(image: Floats, patch: Floats, crop: FaceCrop, mask: Floats) -> Floats:

@@ -55,6 +55,8 @@ async def generate(
 ) -> Outcome:
     """Run a request from prompt to finished pictures.
 
+    `Run.ticket_returned` is to be awaited before the client gets them.
+
     Args:
         run: the request and what runs it.
         tokenizers: of the model's text encoders.
@@ -66,7 +68,7 @@ async def generate(
     request = run.request
     stages: dict[str, list[Pixels]] = {}
     faces: list[list[FaceReport]] = [[] for _ in request.seeds]
-    async with run.admitted():
+    async with run.returning_ticket():
         conditioning = await encode(run, tokenizers)
         pictures = await paint(run, conditioning)
         originals = [pixels_from_floats(picture) for picture in pictures]
@@ -93,7 +95,7 @@ async def generate(
 
 
 async def encode(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Conditioning:
-    """Encode the prompts."""
+    """Take a ticket and encode the prompts."""
     with run.stage("encode", 1):
         conditioning = await encode_prompts(run, tokenizers)
         run.advance(1)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -239,23 +238,25 @@ async def _enlarge(
     for first in range(0, len(corners), max_batch):
         answers = await infer(_cut(padded, tiles, corners[first : first + max_batch]))
         for i, answer in enumerate(answers, start=first):
-            row, column = divmod(i, len(tiles.lefts))
-            weight = rows[row][:, None] * columns[column][None, :]
             top, left = factor * corners[i][0], factor * corners[i][1]
+            weight = None
+            if len(corners) > 1:
+                row, column = divmod(i, len(tiles.lefts))
+                weight = rows[row][:, None] * columns[column][None, :]
             for plane, part in zip(joined, answer, strict=True):
                 place = plane[top : top + size[0], left : left + size[1]]
-                place += resize(part, size, how="area") * weight
+                part = resize(part, size, how="area")
+                place += part if weight is None else part * weight
     np.clip(joined, 0.0, 1.0, out=joined)
     inside = joined[:, : factor * image.shape[0], : factor * image.shape[1]]
-    merged: Floats = cv2.merge(list(inside))
-    return merged
+    return np.ascontiguousarray(inside).transpose(1, 2, 0)
 
 
 def _cut(image: Floats, tiles: Tiles, corners: list[tuple[int, int]]) -> Floats:
     """Return the tiles at these corners, (n, 3, t, u)."""
     height, width = tiles.tile
-    crops = [image[top : top + height, left : left + width] for top, left in corners]
-    return np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2))
+    planes = image.transpose(2, 0, 1)
+    return np.stack([planes[:, top : top + height, left : left + width] for top, left in corners])
 
 
 def _padded(image: Floats, tile: tuple[int, int]) -> Floats:

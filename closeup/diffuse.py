@@ -33,6 +33,12 @@ def step_table(
     )
 
 
+def latent_shape(request: Request, height: int, width: int) -> tuple[int, int, int]:
+    """Return (C, h, w) of a picture's latents."""
+    scale = request.model.vae_scale_factor
+    return request.model.facts.latent_channels, height // scale, width // scale
+
+
 async def encode_picture(run: Run, picture: Floats) -> tuple[Floats, Floats]:
     """Return the VAE's mean and standard deviation of a picture, unscaled.
 

@@ -166,8 +166,7 @@ class Run:
         except BaseException:
             await self._release()
             raise
-        self._returning = asyncio.ensure_future(self._release())
-        await asyncio.sleep(0)  # on its way before others take the thread
+        self._returning = await start(self._release())
 
     async def ticket_returned(self) -> None:
         """Wait until the ticket is back; to be awaited before the client gets its answer."""
@@ -273,6 +272,13 @@ async def together(run: Run, pictures: Sequence[Coroutine[Any, Any, T]]) -> list
     for failure in failures:
         raise failure
     return [result for result in results if not isinstance(result, BaseException)]
+
+
+async def start(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Start a coroutine and come back when it waits for an engine: what follows runs meanwhile."""
+    task = asyncio.ensure_future(coroutine)
+    await asyncio.sleep(0)
+    return task
 
 
 def checked_floats(

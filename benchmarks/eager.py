@@ -30,7 +30,13 @@ from closeup.detection import (
     merge_detections,
     scale_faces,
 )
-from closeup.face_blend import blend_faces, differential_masks, face_mask, latent_mask
+from closeup.face_blend import (
+    blend_faces,
+    differential_masks,
+    face_mask,
+    find_place,
+    latent_mask,
+)
 from closeup.face_geometry import FaceCrop, extract
 from closeup.face_pass import MAX_FACTOR, PATCH_FACTORS
 from closeup.faces import FaceAction, FacePlan, plan_faces
@@ -223,7 +229,8 @@ class EagerGraph:
                 patches.update({plan.index: patch for plan, patch in
                                 zip(members, painted, strict=True)})  # fmt: skip
         fitted = [self._fit(patches[plan.index], plan) for plan in plans if plan.index in patches]
-        return blend_faces(pixels, fitted) if fitted else pixels
+        repaints = [(patch, find_place(pixels, crop, mask)) for patch, crop, mask in fitted]
+        return blend_faces(pixels, repaints) if repaints else pixels
 
     def _fit(self, patch: Floats, plan: FacePlan) -> tuple[Floats, FaceCrop, Floats]:
         """Enlarge a patch that is to cover more pixels than the model paints."""

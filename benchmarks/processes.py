@@ -53,12 +53,26 @@ def pss_bytes(pid: int) -> int:
 
 def cpu_seconds(pid: int) -> float:
     """Processor seconds that ``pid`` and its descendants have used so far."""
-    total = 0
+    return sum(cpu_seconds_by_name(pid).values())
+
+
+def cpu_seconds_by_name(pid: int) -> dict[str, float]:
+    """The same by process name (see `process_name`), in steps of the kernel's tick."""
+    named: dict[str, float] = {}
     for one in descendants(pid, parents_of_all()):
         with contextlib.suppress(OSError):
             fields = _stat_fields(one)
-            total += int(fields[11]) + int(fields[12])
-    return total / _TICKS_PER_S
+            name = process_name(one)
+            spent_s = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+            named[name] = named.get(name, 0.0) + spent_s
+    return named
+
+
+def machine_cpu_seconds() -> float:
+    """Processor seconds that everything on this machine has used since it was started."""
+    line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
+    user, nice, system, _, _, interrupts, soft_interrupts, *_ = map(int, line.split()[1:])
+    return (user + nice + system + interrupts + soft_interrupts) / _TICKS_PER_S
 
 
 def _stat_fields(pid: int) -> list[str]:

@@ -9,17 +9,19 @@ batch mates beyond the rounding of differently shaped matrix products.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from closeup.errors import ModelError, UnavailableError
+from closeup.feeds import Segment, SequenceFeeds, join_feeds
 
 log = logging.getLogger(__name__)
 
@@ -35,54 +37,18 @@ class LoraSource(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Segment:
-    """K steps of one sequence. Arrays are float32; shapes without a batch dimension.
+class SegmentResult:
+    """State after the segment.
 
     Attributes:
-        sample: (C, h, w), in the sampler's space.
-        memory: (2, C, h, w), the sampler's memory; slot 0 is the denoised estimate.
-        context: (rows, L, D); rows is 1 (no guidance) or 2 (negative, prompt).
-        guidance: scale s of ``negative + s * (prompt - negative)``; unused with one row.
-        timestep: (K,) what the network is told.
-        input_scale: (K,) factor of the network's input.
-        step: (K, 3, 5) sampler matrices (see `closeup.samplers.StepTable`).
-        noise: (K, C, h, w) or None for zeros.
-        mask: (1 or K, 1, h, w) in [0, 1], 1 is repainted; None repaints everything.
-        known: (C, h, w) what stays where the mask is 0; needed with a mask.
-        known_noise: (C, h, w) the noise that brings `known` to a step's level.
-        known_step: (K, 2) coefficients of known and known_noise after each step.
-        lora_row: row of the LoRA bank, 0 for none.
-        extras: the family's further inputs by network row: name -> (rows, ...).
+        sample: (C, h, w) float32.
+        memory: (2, C, h, w) float32.
+        steps: how many were done, from 1 to K.
     """
 
     sample: Array
     memory: Array
-    context: Array
-    guidance: float
-    timestep: Array
-    input_scale: Array
-    step: Array
-    noise: Array | None = None
-    mask: Array | None = None
-    known: Array | None = None
-    known_noise: Array | None = None
-    known_step: Array | None = None
-    lora_row: int = 0
-    extras: Mapping[str, Array] = field(default_factory=dict)
-
-    @property
-    def group(self) -> tuple[object, ...]:
-        """Segments with equal groups can share an engine call."""
-        extras = sorted((name, array.shape[1:]) for name, array in self.extras.items())
-        return self.sample.shape, self.context.shape[1:], tuple(extras)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SegmentResult:
-    """State after the segment: sample (C, h, w) and memory (2, C, h, w), float32."""
-
-    sample: Array
-    memory: Array
+    steps: int
 
 
 @dataclass(kw_only=True)
@@ -107,12 +73,18 @@ class BatchCounters:
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Running:
     segment: Segment
+    feeds: SequenceFeeds
     sample: Array
     memory: Array
     future: Future[SegmentResult]
     group: tuple[object, ...]
+    due_s: float
     done: int = 0
     last_tick: int = -1
+
+    @property
+    def is_over(self) -> bool:
+        return self.done == len(self.segment.timestep) or time.monotonic() >= self.due_s
 
 
 class StepBatcher:
@@ -153,12 +125,15 @@ class StepBatcher:
         Raises:
             UnavailableError: the batcher is closed.
         """
+        budget_s = math.inf if segment.budget_s is None else segment.budget_s
         running = _Running(
             segment=segment,
-            sample=np.asarray(segment.sample, np.float32),
-            memory=np.asarray(segment.memory, np.float32),
+            feeds=SequenceFeeds(segment),
+            sample=np.ascontiguousarray(segment.sample, np.float32),
+            memory=np.ascontiguousarray(segment.memory, np.float32),
             future=Future(),
             group=segment.group,
+            due_s=time.monotonic() + budget_s,
         )
         with self._wake:
             if self._closed:
@@ -198,6 +173,8 @@ class StepBatcher:
 
     def _next_batch(self) -> list[_Running]:
         """Those that have waited longest, of the shape of the first of them."""
+        if len(self._active) == 1:
+            return list(self._active)
         waiting = sorted(self._active, key=lambda running: running.last_tick)
         return [running for running in waiting if running.group == waiting[0].group][
             : self._max_batch
@@ -229,8 +206,8 @@ class StepBatcher:
             self._advance(running, outputs["next_sample"][0], outputs["next_memory"][0])
 
     def _timed_run(self, batch: list[_Running]) -> dict[str, Array]:
-        feeds = feeds_from_sequences(
-            [running.segment for running in batch],
+        feeds = join_feeds(
+            [running.feeds for running in batch],
             samples=[running.sample for running in batch],
             memories=[running.memory for running in batch],
             steps=[running.done for running in batch],
@@ -264,11 +241,13 @@ class StepBatcher:
             return
         running.sample, running.memory = sample, memory
         running.done += 1
-        if running.done == len(running.segment.timestep):
+        if running.is_over:
             self._leave(running)
             if running.future.set_running_or_notify_cancel():
                 running.future.set_result(
-                    SegmentResult(sample=np.array(sample), memory=np.array(memory))
+                    SegmentResult(
+                        sample=np.array(sample), memory=np.array(memory), steps=running.done
+                    )
                 )
 
     def _fail(self, running: _Running, error: Exception) -> None:
@@ -280,74 +259,3 @@ class StepBatcher:
     def _leave(self, running: _Running) -> None:
         with self._wake:
             self._active = [other for other in self._active if other is not running]
-
-
-def feeds_from_sequences(
-    segments: Sequence[Segment],
-    *,
-    samples: Sequence[Array],
-    memories: Sequence[Array],
-    steps: Sequence[int],
-) -> dict[str, Array]:
-    """Return the engine's inputs for one step of each sequence (the LoRA bank apart).
-
-    Args:
-        segments: B segments of one group.
-        samples: their current latents, each (C, h, w).
-        memories: their current sampler memory, each (2, C, h, w).
-        steps: the row of its table that each takes now.
-
-    Returns:
-        Every input named in DESIGN's table, B sequences and R network rows.
-    """
-    rows_of = [len(segment.context) for segment in segments]
-    rows = np.repeat(np.arange(len(segments)), rows_of)
-    first = np.cumsum([0, *rows_of[:-1]])
-    pairs = list(zip(segments, steps, strict=True))
-    zeros = np.zeros_like(samples[0])
-    ones = np.ones((1, *zeros.shape[1:]), np.float32)
-
-    def at(arrays: Array | None, step: int, default: Array) -> Array:
-        if arrays is None:
-            return default
-        chosen: Array = arrays[min(step, len(arrays) - 1)]
-        return chosen
-
-    def stacked(arrays: list[Array]) -> Array:
-        # A sequence alone, the usual case of an idle server, needs no copy.
-        joined = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
-        return np.ascontiguousarray(joined, np.float32)
-
-    def stacked_rows(arrays: list[Array]) -> Array:
-        joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-        return np.ascontiguousarray(joined, np.float32)
-
-    feeds = {
-        "sample": stacked(list(samples)),
-        "memory": stacked(list(memories)),
-        "noise": stacked([at(s.noise, k, zeros) for s, k in pairs]),
-        "known": stacked([zeros if s.known is None else s.known for s in segments]),
-        "known_noise": stacked([zeros if s.known_noise is None else s.known_noise
-                                for s in segments]),
-        "mask": stacked([at(s.mask, k, ones) for s, k in pairs]),
-        "rows": rows.astype(np.int64),
-        "timestep": np.array([s.timestep[k] for s, k in pairs], np.float32)[rows],
-        "context": stacked_rows([s.context for s in segments]),
-        "pick": np.stack([first + np.array(rows_of) - 1, first], 1).astype(np.int64),
-        "guidance": np.array([_guidance(s) for s in segments], np.float32),
-        "input_scale": np.array([s.input_scale[k] for s, k in pairs], np.float32),
-        "step": stacked([s.step[k] for s, k in pairs]),
-        "known_step": np.array([(0, 0) if s.known_step is None else s.known_step[k]
-                                for s, k in pairs], np.float32),
-        "lora_row": np.array([s.lora_row for s in segments], np.int64)[rows],
-    }  # fmt: skip
-    for name in segments[0].extras:
-        joined = np.concatenate([segment.extras[name] for segment in segments])
-        feeds[name] = np.ascontiguousarray(joined, np.float32)
-    return feeds
-
-
-def _guidance(segment: Segment) -> tuple[float, float]:
-    if len(segment.context) == 1:
-        return 1.0, 0.0
-    return segment.guidance, 1.0 - segment.guidance

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from closeup.manifest import TextEncoder
-from closeup.run import Array, Floats, Run, text_tensor
+from closeup.run import Array, Floats, Run, checked_floats, text_tensor
 from closeup.segments import ENCODE
 from closeup.tokens import PromptTokenizer
 from closeup.weighted_prompt import apply_weights, encode_weighted, parse_weights
@@ -93,7 +93,8 @@ def _time_ids(height: int, width: int, given: Mapping[str, int]) -> tuple[int, .
 async def encode_prompts(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Conditioning:
     """Encode the negative prompt, the prompt and the face prompt, each encoder in one call.
 
-    Prompts longer than an encoder reads are cut, with a warning.
+    The first call takes the request's ticket, so nothing runs without one. Prompts longer than an
+    encoder reads are cut, with a warning.
     """
     request = run.request
     texts = {NEGATIVE: request.negative_prompt or "", "prompt": request.prompt}
@@ -174,19 +175,21 @@ def _padded_weights(weights: Floats, length: int) -> Floats:
 
 
 async def _states(run: Run, encoder: TextEncoder, ids: Array) -> dict[str, Floats]:
-    """Run an encoder on token ids (n, L)."""
+    """Run an encoder on token ids (n, L); the first call of a request also takes its ticket."""
     model = run.request.model
     if encoder.lora is None:
+        if not run.ticket:
+            await run.admit()
         name = model.encoder_model(encoder)
         return await run.infer_floats(name, {"input_ids": ids}, encoder.outputs)
-    inputs = {
-        "operation": text_tensor(ENCODE),
-        "ticket": np.array([run.ticket], np.int64),
-        "encoder": text_tensor(encoder.name),
-        "input_ids": ids,
-    }
+    inputs = {"encoder": text_tensor(encoder.name), "input_ids": ids}
     wanted = [f"encoded_{output}" for output in encoder.outputs]
-    states = await run.infer_floats(model.denoiser, inputs, wanted)
+    if run.ticket:
+        inputs |= {"operation": text_tensor(ENCODE), "ticket": np.array([run.ticket], np.int64)}
+        answer = await run.infer(model.denoiser, inputs, wanted)
+    else:
+        answer = await run.admit(inputs, wanted)
+    states = checked_floats(model.denoiser, answer, wanted)
     return {name.removeprefix("encoded_"): array for name, array in states.items()}
 
 

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from closeup.batching import BatchCounters, Segment, SegmentResult, StepBatcher
+from closeup.batching import BatchCounters, SegmentResult, StepBatcher
 from closeup.engines import Engine, EngineOptions, open_engine
-from closeup.errors import ModelError, UnavailableError
+from closeup.errors import ModelError
+from closeup.feeds import Segment
+from closeup.futures import chained, finished, mapped
 from closeup.lora_bank import BankCounters, LoraBank, LoraLease
 from closeup.lora_encoders import LoraEncoders, lora_dtype
 from closeup.lora_keys import DENOISER
@@ -35,7 +36,6 @@ LEASE_MARGIN_S = 60.0
 LORA_LOADERS = 4
 
 Answer = dict[str, Array]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,17 +113,15 @@ class Denoiser:
         """
         operation = _text(inputs, "operation")
         if operation == SEGMENT:
-            return _mapped(self._batcher.submit(self._segment(inputs)), _segment_answer)
+            return mapped(self._batcher.submit(self._segment(inputs)), _segment_answer)
         if operation == ENCODE:
             return self._encode(inputs)
         if operation == ACQUIRE:
-            return self._loader.submit(self._acquire, inputs)
+            return self._admit(inputs)
         if operation == RELEASE:
             number = int(inputs["ticket"][0])
             self._desk.release(number)
-            answer: Future[Answer] = Future()
-            answer.set_result({"ticket": np.array([number], np.int64)})
-            return answer
+            return finished({"ticket": np.array([number], np.int64)})
         if operation == LORAS:
             return self._loader.submit(self._list_loras)
         raise ModelError(f"the denoiser knows no operation {operation!r}.")
@@ -137,9 +135,26 @@ class Denoiser:
         if self._plain is not None:
             self._plain.close()
 
-    def _acquire(self, inputs: Mapping[str, Array]) -> Answer:
+    def _admit(self, inputs: Mapping[str, Array]) -> Future[Answer]:
+        """Grant a ticket and, where token ids came with it, encode them."""
         loras = [(str(name), float(weight)) for name, weight in json.loads(_text(inputs, "loras"))]
-        number, warnings = self._desk.acquire(int(inputs["slots"][0]), loras)
+        slots = int(inputs["slots"][0])
+        if loras:  # they may have to be read
+            granted = self._loader.submit(self._acquire, slots, loras)
+        else:
+            granted = finished(self._acquire(slots, loras))
+        if "input_ids" not in inputs:
+            return granted
+
+        def encode(ticket: Answer) -> Future[Answer]:
+            encoded = self._encode({**inputs, "ticket": ticket["ticket"]})
+            return mapped(encoded, lambda outputs: {**ticket, **outputs})
+
+        # Nobody knows the ticket's number before the prompts are encoded.
+        return chained(granted, encode, lambda ticket: self._desk.release(int(ticket["ticket"][0])))
+
+    def _acquire(self, slots: int, loras: Sequence[tuple[str, float]]) -> Answer:
+        number, warnings = self._desk.acquire(slots, loras)
         return {
             "ticket": np.array([number], np.int64),
             "warnings": np.array([json.dumps(warnings).encode()], np.object_),
@@ -160,7 +175,7 @@ class Denoiser:
         encoded = self._encoders.submit(
             name, inputs["input_ids"], lora_row=row, array=self._bank.array
         )
-        return _mapped(encoded, _encoded_answer)
+        return mapped(encoded, _encoded_answer)
 
     def _segment(self, inputs: Mapping[str, Array]) -> Segment:
         sample = inputs["sample"]
@@ -179,6 +194,7 @@ class Denoiser:
             known_noise=inputs.get("known_noise"),
             known_step=inputs.get("known_step"),
             lora_row=self._desk.lora_row(int(inputs["ticket"][0])),
+            budget_s=float(inputs["budget_s"][0]) if "budget_s" in inputs else None,
             extras=self._extras(inputs),
         )
 
@@ -271,30 +287,15 @@ def _open_desk(
 
 
 def _segment_answer(result: SegmentResult) -> Answer:
-    return {"next_sample": result.sample, "next_memory": result.memory}
+    return {
+        "next_sample": result.sample,
+        "next_memory": result.memory,
+        "steps_done": np.array([result.steps], np.int64),
+    }
 
 
 def _encoded_answer(outputs: Answer) -> Answer:
     return {f"encoded_{name}": array for name, array in outputs.items()}
-
-
-def _mapped(future: Future[T], answer_from: Callable[[T], Answer]) -> Future[Answer]:
-    answer: Future[Answer] = Future()
-
-    def finish(done: Future[T]) -> None:
-        if not answer.set_running_or_notify_cancel():
-            return  # whoever asked has gone
-        if done.cancelled():
-            answer.set_exception(UnavailableError("the server is shutting down."))
-            return
-        error = done.exception()
-        if error is not None:
-            answer.set_exception(error)
-        else:
-            answer.set_result(answer_from(done.result()))
-
-    future.add_done_callback(finish)
-    return answer
 
 
 def _text(inputs: Mapping[str, Array], name: str) -> str:

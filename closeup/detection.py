@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -100,7 +101,8 @@ def detector_input(image: Pixels, *, long_side: int | None = None) -> tuple[Floa
     how: ResizeHow = "cubic" if scale > 1 else "auto"
     scaled = resize(floats_from_pixels(image), (inner_h, inner_w), how=how)
     tensor = np.zeros((1, 3, outer_h, outer_w), np.float32)
-    tensor[0, :, :inner_h, :inner_w] = scaled[:, :, ::-1].transpose(2, 0, 1) * np.float32(255.0)
+    for plane, colour in zip(tensor[0], reversed(cv2.split(scaled)), strict=True):
+        np.multiply(colour, np.float32(255.0), out=plane[:inner_h, :inner_w])
     return tensor, scale
 
 
@@ -141,9 +143,8 @@ def decode_detections(
         ValueError: an output's length does not belong to this size and scale.
     """
     padded = _padded_size(size, scale)
-    rows = np.concatenate([_decode_stride(outputs, s, padded) for s in STRIDES])
-    scores = rows[:, 14]
-    rows = rows[np.isfinite(rows).all(axis=1) & (scores >= score_threshold)]
+    rows = np.concatenate([_decode_stride(outputs, s, padded, score_threshold) for s in STRIDES])
+    rows = rows[np.isfinite(rows).all(axis=1)]
     # The picture was scaled to whole pixels, so the two axes differ by a trifle.
     inner_h, inner_w = _scaled_size(size, scale)
     rows[:, 0:14:2] *= size[1] / inner_w
@@ -183,13 +184,19 @@ def scale_faces(faces: Sequence[Face], factor: float) -> list[Face]:
 
 
 def _decode_stride(
-    outputs: Mapping[str, npt.NDArray[np.float32]], stride: int, padded: tuple[int, int]
+    outputs: Mapping[str, npt.NDArray[np.float32]],
+    stride: int,
+    padded: tuple[int, int],
+    threshold: float,
 ) -> npt.NDArray[np.float64]:
-    """Return (n, 15): box corners, five landmarks, score; detector pixels."""
+    """Return (n, 15): box corners, five landmarks, score; detector pixels.
+
+    Only of the cells, few of thousands, whose score reaches the threshold.
+    """
     high, wide = padded[0] // stride, padded[1] // stride
 
-    def output(kind: str, width: int) -> npt.NDArray[np.float64]:
-        value = np.asarray(outputs[f"{kind}_{stride}"], dtype=np.float64)
+    def output(kind: str, width: int) -> npt.NDArray[np.float32]:
+        value = np.asarray(outputs[f"{kind}_{stride}"])
         if value.size != high * wide * width:
             raise ValueError(
                 f"Output {kind}_{stride} has shape {value.shape}, expected "
@@ -197,16 +204,18 @@ def _decode_stride(
             )
         return value.reshape(high * wide, width)
 
-    column, row = np.meshgrid(np.arange(wide), np.arange(high))
-    cells = np.stack([column.ravel(), row.ravel()], axis=1).astype(np.float64)
-    box = output("bbox", 4)
+    boxes, landmarks = output("bbox", 4), output("kps", 10)
+    certainties = np.concatenate([output("cls", 1), output("obj", 1)], axis=1).astype(np.float64)
+    score = np.sqrt(np.clip(certainties, 0, 1).prod(axis=1))
+    found = np.flatnonzero(score >= threshold)
+    cells = np.stack([found % wide, found // wide], axis=1).astype(np.float64)
+    box = boxes[found].astype(np.float64)
     center = (box[:, :2] + cells) * stride
     # Sizes past e^20 are nonsense of a broken network; the cap keeps them finite and clippable.
     half = np.exp(np.minimum(box[:, 2:], 20.0)) * stride / 2
-    points = (output("kps", 10).reshape(-1, 5, 2) + cells[:, None]) * stride
-    score = np.sqrt(np.clip(output("cls", 1), 0, 1) * np.clip(output("obj", 1), 0, 1))
+    points = (landmarks[found].astype(np.float64).reshape(-1, 5, 2) + cells[:, None]) * stride
     return np.concatenate(
-        [center - half, center + half, points.reshape(-1, 10), score.reshape(-1, 1)], axis=1
+        [center - half, center + half, points.reshape(-1, 10), score[found, None]], axis=1
     )
 
 

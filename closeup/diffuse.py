@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 
 from closeup.conditioning import Guide
 from closeup.images import encode_image, pixels_from_floats, resize
 from closeup.noise import TorchNormal
 from closeup.request import Request
-from closeup.run import Array, Floats, Run, text_tensor
-from closeup.samplers import StepTable, build_step_table
+from closeup.run import SEGMENT_S, Array, Floats, Run, text_tensor
+from closeup.samplers import StepTable, recall_step_table
 from closeup.segments import SEGMENT
 
+SEGMENT_OUTPUTS = ("next_sample", "next_memory", "steps_done")
 PREVIEW_SIDE_PX = 256
 # The encoder's log-variance is clamped to this range before it is used.
 # Source: diffusers, models/autoencoders/vae.py, DiagonalGaussianDistribution.
@@ -23,15 +22,21 @@ LOGVAR_RANGE = (-30.0, 20.0)
 def step_table(
     request: Request, *, height: int, width: int, strength: float | None = None
 ) -> StepTable:
-    """Return the steps of a picture of this size, px; see `closeup.samplers.build_step_table`."""
+    """Return the steps of a picture of this size, px; see `closeup.samplers.recall_step_table`."""
     packed = request.model.facts.size_step_px
-    return build_step_table(
+    return recall_step_table(
         request.scheduler,
         request.model.scheduler,
         request.steps,
         strength=strength,
         image_tokens=(height // packed) * (width // packed) if request.model.facts.flow else None,
     )
+
+
+def latent_shape(request: Request, height: int, width: int) -> tuple[int, int, int]:
+    """Return (C, h, w) of a picture's latents."""
+    scale = request.model.vae_scale_factor
+    return request.model.facts.latent_channels, height // scale, width // scale
 
 
 async def encode_picture(run: Run, picture: Floats) -> tuple[Floats, Floats]:
@@ -102,33 +107,37 @@ async def denoise(
         RequestCancelled, DeadlineError: between segments.
         ModelError: the latents are no longer finite.
     """
-    memory = np.zeros((2, *sample.shape), np.float32)
     fixed = {"context": guide.context, **guide.extras}
     if mask is not None and known is not None and known_noise is not None:
         fixed |= {"known": known, "known_noise": known_noise}
+    if run.segment_steps is None:
+        fixed["budget_s"] = np.array([SEGMENT_S], np.float32)
     first, total = 0, len(table.timesteps)
+    step_bytes = sample.nbytes * bool(table.draws_noise.any())
+    step_bytes += 0 if mask is None else mask[0].nbytes
+    state: dict[str, Array] = {"sample": sample}  # the sampler's memory starts as zeros
+    drawn = np.zeros((0, *sample.shape), np.float32)  # noise of the steps from `first` on
     while first < total:
-        part = slice(first, min(first + run.segment_length(sample), total))
-        steps = part.stop - first
+        part = slice(first, min(first + run.segment_length(step_bytes), total))
+        missing = table.draws_noise[first + len(drawn) : part.stop]
+        drawn = np.concatenate([drawn, _draw_noise(missing, sample.shape, stream)])
         inputs = {
             "operation": text_tensor(SEGMENT),
             "ticket": np.array([run.ticket], np.int64),
-            "sample": sample,
-            "memory": memory,
+            **state,
             **fixed,
             **_table_inputs(run, table, part, mask),
         }
         if table.draws_noise[part].any():
-            inputs["noise"] = _draw_noise(table.draws_noise[part], sample.shape, stream)
-        started_s = time.perf_counter()
-        answer = await run.infer(run.request.model.denoiser, inputs, ["next_sample", "next_memory"])
-        run.note_segment(sample, steps, time.perf_counter() - started_s)
-        sample, memory = answer["next_sample"], answer["next_memory"]
-        first += steps
+            inputs["noise"] = drawn
+        answer = await run.infer(run.request.model.denoiser, inputs, SEGMENT_OUTPUTS)
+        state = {"sample": answer["next_sample"], "memory": answer["next_memory"]}
+        steps = int(answer["steps_done"][0])
+        first, drawn = first + steps, drawn[steps:]
         run.count("denoiser_steps", steps)
-        estimate = memory[0] if table.denoised_in_memory else sample
+        estimate = state["memory"][0] if table.denoised_in_memory else state["sample"]
         run.advance(steps, image=image, preview=await _preview(run, estimate))
-    return sample
+    return state["sample"]
 
 
 def _table_inputs(run: Run, table: StepTable, part: slice, mask: Floats | None) -> dict[str, Array]:
@@ -146,9 +155,11 @@ def _table_inputs(run: Run, table: StepTable, part: slice, mask: Floats | None) 
 
 
 def _draw_noise(draws: Array, shape: tuple[int, ...], stream: TorchNormal) -> Floats:
+    drawn = stream.randn_each(int(draws.sum()), shape)
+    if len(drawn) == len(draws):
+        return drawn
     noise = np.zeros((len(draws), *shape), np.float32)
-    for index in np.flatnonzero(draws):
-        noise[index] = stream.randn(shape)
+    noise[np.flatnonzero(draws)] = drawn
     return noise
 
 

@@ -6,8 +6,6 @@ build has that provider and a device, else on the CPU.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from closeup.errors import ModelError
+from closeup.heap import trim_heap
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -258,19 +257,8 @@ def _session_from_onnx(path: Path, options: EngineOptions) -> Any:
                 f"{path} keeps its weights in a file beside it that cannot be read: {text}"
             ) from error
         raise ModelError(f"ONNX Runtime cannot open {path}: {text}") from error
-    _trim_heap()
+    trim_heap()
     return session
-
-
-def _trim_heap() -> None:
-    """Hand freed memory back to the system, with glibc; elsewhere nothing happens.
-
-    While a session is made, weights lie in the file's buffer and in the layout that the kernels
-    want. The former are freed, but stay with the process: without this an engine keeps twice the
-    size of its weights.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _make_session_options(options: EngineOptions) -> Any:

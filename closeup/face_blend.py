@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -154,78 +155,145 @@ def fit_colour(patch: Floats, original: Floats, mask: Floats) -> tuple[Floats, F
         The gain, (3,) float32 in [0.8, 1.25], and the bias, (3,) float32 in [-0.15, 0.15]:
         recoloured = patch * gain + bias. 1 and 0 where hardly any ring is left.
     """
-    gain, bias = np.ones(3, np.float32), np.zeros(3, np.float32)
-    ring = _ring(mask)
-    if int(ring.sum()) < _MIN_RING_PIXELS:
-        return gain, bias
-    before, after = _smoothed(patch, ring), _smoothed(original, ring)
-    for channel in range(3):
-        gain[channel], bias[channel] = _fit_line(before[:, channel], after[:, channel])
-    return gain, bias
+    ring = _ring_of(mask)
+    if ring is None:
+        return np.ones(3, np.float32), np.zeros(3, np.float32)
+    return _fit_lines(ring.smoothed(patch), ring.smoothed(original))
 
 
-def _ring(mask: Floats) -> npt.NDArray[np.bool_]:
+@dataclass(frozen=True, slots=True)
+class _Ring:
+    """The pixels just outside a mask.
+
+    Attributes:
+        inside: (n, n) bool.
+        weight: the same as float32.
+        share: the weight averaged over neighbours, at the ring's m pixels, (m, 1) float32.
+        sigma: of that average, px.
+    """
+
+    inside: npt.NDArray[np.bool_]
+    weight: Floats
+    share: Floats
+    sigma: float
+
+    def smoothed(self, values: Floats) -> npt.NDArray[np.float64]:
+        """Average a picture (n, n, 3) over neighbours within the ring, (3, m).
+
+        Without it the patch's own noise would flatten the fitted gain.
+        """
+        total = cv2.GaussianBlur(values * self.weight[:, :, None], (0, 0), self.sigma)
+        return np.ascontiguousarray((total[self.inside] / self.share).T, np.float64)
+
+
+def _ring_of(mask: Floats) -> _Ring | None:
+    """Return the ring around a mask (n, n); None where hardly any is left."""
     inside = (mask > _RING_MASK).astype(np.uint8)
     reach = max(1, round(_RING_WIDTH * mask.shape[0]))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1, 2 * reach + 1))
-    ring: npt.NDArray[np.bool_] = (cv2.dilate(inside, kernel) > 0) & (inside == 0)
-    return ring
-
-
-def _smoothed(values: Floats, ring: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    """Average over neighbours within the ring: colour is what stays when detail is gone.
-
-    Without it the patch's own noise would flatten the fitted gain.
-    """
+    ring = (cv2.dilate(inside, kernel) > 0) & (inside == 0)
+    if int(ring.sum()) < _MIN_RING_PIXELS:
+        return None
     weight = ring.astype(np.float32)
-    sigma = max(1.0, values.shape[0] / 64)
-    total = cv2.GaussianBlur(values * weight[:, :, None], (0, 0), sigma)
-    share = cv2.GaussianBlur(weight, (0, 0), sigma)
-    smoothed: npt.NDArray[np.float64] = (total[ring] / share[ring][:, None]).astype(np.float64)
-    return smoothed
+    sigma = max(1.0, mask.shape[0] / 64)
+    share = cv2.GaussianBlur(weight, (0, 0), sigma)[ring][:, None]
+    return _Ring(ring, weight, share, sigma)
 
 
-def _fit_line(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Fit y = gain x + bias robustly and within bounds."""
-    kept = np.ones(len(x), bool)
-    gain, bias = 1.0, float(np.median(y - x))
+def _fit_lines(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> tuple[Floats, Floats]:
+    """Fit y = gain x + bias to each row of (3, n), robustly and within bounds."""
+    gain, bias = np.ones((3, 1)), np.median(y - x, axis=1, keepdims=True)
     for _ in range(3):
         error = np.abs(y - gain * x - bias)
-        kept = error <= 2.5 * 1.4826 * float(np.median(error)) + 1e-3
-        mean_x, mean_y = float(x[kept].mean()), float(y[kept].mean())
-        spread = float(((x[kept] - mean_x) ** 2).mean())
-        shared = float(((x[kept] - mean_x) * (y[kept] - mean_y)).mean())
+        spread = np.median(error, axis=1, keepdims=True)
+        kept = error <= 2.5 * 1.4826 * spread + 1e-3
+        mean_x, mean_y = _mean(x, kept), _mean(y, kept)
+        off = x - mean_x
         # The constant draws the gain to 1 where the ring has one colour and so cannot tell it.
-        gain = float(np.clip((shared + 1e-3) / (spread + 1e-3), *_GAIN_RANGE))
-        bias = float(np.clip(mean_y - gain * mean_x, -_MAX_BIAS, _MAX_BIAS))
-    return gain, bias
+        shared, own = _mean(off * (y - mean_y), kept) + 1e-3, _mean(off * off, kept) + 1e-3
+        gain = np.clip(shared / own, *_GAIN_RANGE)
+        bias = np.clip(mean_y - gain * mean_x, -_MAX_BIAS, _MAX_BIAS)
+    return gain[:, 0].astype(np.float32), bias[:, 0].astype(np.float32)
 
 
-def blend(image: Floats, patch: Floats, crop: FaceCrop, mask: Floats) -> Floats:
-    """Paste a repainted face into a picture of floats.
+def _mean(values: npt.NDArray[np.float64], kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Mean of the values kept, row by row: (3, n) -> (3, 1)."""
+    mean: npt.NDArray[np.float64] = np.einsum("cn,cn->c", values, kept) / kept.sum(axis=1)
+    return mean[:, None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FacePlace:
+    """Where a repainted face goes: all of the blending that can be done before it is painted.
+
+    Attributes:
+        region: rows and columns of the picture that the crop touches.
+        crop: the square that was cut, in the picture's coordinates.
+        mask: (work, work) float32 in [0, 1].
+        part: the picture there, (h, w, 3) float32 in [0, 1].
+        alpha: the mask on its pixels, (h, w) float32 in [0, 1]; 0 where nothing changes.
+        ring: the pixels that colour is fitted on; None where there are too few.
+        around: what the picture shows there, (3, m) float64; None without a ring.
+    """
+
+    region: tuple[slice, slice]
+    crop: FaceCrop
+    mask: Floats
+    part: Floats
+    alpha: Floats
+    ring: _Ring | None
+    around: npt.NDArray[np.float64] | None
+
+    def mix(self, patch: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """Blend a patch (work, work, 3) in [0, 1] into the part.
+
+        Returns:
+            The part blended, (h, w, 3) float32, and where its pixels may differ, (h, w).
+        """
+        placed, _ = paste(patch, self._crop_in_part, _size_of(self.alpha))
+        if self.ring is not None and self.around is not None:
+            small = resize(patch, _size_of(self.ring.weight))
+            gain, bias = _fit_lines(self.ring.smoothed(small), self.around)
+            placed = placed * gain + bias
+        placed = np.clip(placed, 0.0, 1.0)
+        return self.part + self.alpha[:, :, None] * (placed - self.part), self.alpha > 0
+
+    @property
+    def _crop_in_part(self) -> FaceCrop:
+        return self.crop.shifted(-self.region[1].start, -self.region[0].start)
+
+
+def find_place(pixels: Pixels, crop: FaceCrop, mask: Floats) -> FacePlace:
+    """Prepare the blending of one face.
 
     Args:
-        image: (H, W, 3) float32 in [0, 1].
-        patch: (work, work, 3) float32 in [0, 1], as the model painted it.
-        crop: the square it was cut by.
+        pixels: (H, W, 3) uint8 RGB.
+        crop: the square that was cut.
         mask: (work, work) float32 in [0, 1].
-
-    Returns:
-        A new picture, (H, W, 3) float32 in [0, 1]; values where the mask is 0 are the old ones.
     """
-    blended = image.copy()
-    region = crop.region((image.shape[0], image.shape[1]))
-    mixed, changed = _mix(image[region], patch, _relative(crop, region), mask)
-    blended[region][changed] = mixed[changed]
-    return blended
+    region = crop.region((pixels.shape[0], pixels.shape[1]))
+    part = floats_from_pixels(pixels[region])
+    moved = crop.shifted(-region[1].start, -region[0].start)
+    alpha, _ = paste(mask, moved, _size_of(part))
+    fit_px = min(mask.shape[0], _FIT_PX)
+    ring = _ring_of(resize(mask, (fit_px, fit_px)))
+    return FacePlace(
+        region=region,
+        crop=crop,
+        mask=mask,
+        part=part,
+        # Traces that change no byte are not worth a write.
+        alpha=np.where(alpha < _MASK_FLOOR, np.float32(0.0), alpha),
+        ring=ring,
+        around=None if ring is None else ring.smoothed(extract(part, moved, fit_px)),
+    )
 
 
-def blend_pixels(pixels: Pixels, patch: Floats, crop: FaceCrop, mask: Floats) -> Pixels:
-    """Paste one repainted face into a picture of bytes: :func:`blend_faces` with one face."""
-    return blend_faces(pixels, [(patch, crop, mask)])
+def _size_of(floats: Floats) -> tuple[int, int]:
+    return floats.shape[0], floats.shape[1]
 
 
-def blend_faces(pixels: Pixels, repaints: Sequence[tuple[Floats, FaceCrop, Floats]]) -> Pixels:
+def blend_faces(pixels: Pixels, repaints: Sequence[tuple[Floats, FacePlace]]) -> Pixels:
     """Paste repainted faces into a picture of bytes.
 
     Each face is matched to the picture as it was before any of them, so their order decides
@@ -234,38 +302,13 @@ def blend_faces(pixels: Pixels, repaints: Sequence[tuple[Floats, FaceCrop, Float
     Args:
         pixels: (H, W, 3) uint8 RGB; left as it is.
         repaints: of each face the patch as the model painted it, (work, work, 3) float32 in
-            [0, 1], the square it was cut by, and its mask, (work, work) float32 in [0, 1].
+            [0, 1], and its place in this picture.
 
     Returns:
         A new picture, (H, W, 3) uint8; every byte where all masks are 0 is the old one.
     """
     blended = pixels.copy()
-    for patch, crop, mask in repaints:
-        region = crop.region((pixels.shape[0], pixels.shape[1]))
-        part = floats_from_pixels(pixels[region])
-        mixed, changed = _mix(part, patch, _relative(crop, region), mask)
-        blended[region][changed] = pixels_from_floats(mixed)[changed]
+    for patch, place in repaints:
+        mixed, changed = place.mix(patch)
+        blended[place.region][changed] = pixels_from_floats(mixed)[changed]
     return blended
-
-
-def _relative(crop: FaceCrop, region: tuple[slice, slice]) -> FaceCrop:
-    return crop.shifted(-region[1].start, -region[0].start)
-
-
-def _mix(
-    part: Floats, patch: Floats, crop: FaceCrop, mask: Floats
-) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Blend within the part of the picture that the crop touches.
-
-    Returns:
-        The part blended, and where its pixels may differ.
-    """
-    size = (part.shape[0], part.shape[1])
-    fit_px = min(patch.shape[0], _FIT_PX)
-    small = (fit_px, fit_px)
-    gain, bias = fit_colour(resize(patch, small), extract(part, crop, fit_px), resize(mask, small))
-    alpha, _ = paste(mask, crop, size)
-    # Traces that change no byte are not worth a write.
-    alpha = np.where(alpha < _MASK_FLOOR, np.float32(0.0), alpha)
-    placed = np.clip(paste(patch, crop, size)[0] * gain + bias, 0.0, 1.0)
-    return part + alpha[:, :, None] * (placed - part), alpha > 0

@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from closeup.detection import Face, Point
-from closeup.images import Floats, resize
+from closeup.images import Floats, Pixels, floats_from_pixels, resize
 
 #: Faces tilted by less than this, degrees, are cut without a rotation (and so without its blur).
 UPRIGHT_WITHIN_DEG = 8.0
 #: Crops are never smaller than this a side, px.
 MIN_CROP_PX = 8
+# Cubic interpolation reaches two pixels outside a crop.
+_AROUND_PX = 4
 # Height over width of a face, where the box of a tilted face cannot tell the two apart.
 _ASPECT = 1.25
 # The outline lies between an ellipse (2) and a rectangle: faces have a jaw.
@@ -244,6 +246,21 @@ def extract(image: Floats, crop: FaceCrop, work_px: int) -> Floats:
         borderMode=cv2.BORDER_REFLECT,
     )
     return resize(np.clip(turned, 0.0, 1.0), (work_px, work_px))
+
+
+def extract_from_pixels(pixels: Pixels, crop: FaceCrop, work_px: int) -> Floats:
+    """Cut a face out of a picture of bytes: :func:`extract` of what becomes floats only there.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        crop: see there.
+        work_px: see there.
+    """
+    # A turned crop is interpolated from pixels just outside it too.
+    rows, columns = crop.region((pixels.shape[0], pixels.shape[1]))
+    top, left = max(0, rows.start - _AROUND_PX), max(0, columns.start - _AROUND_PX)
+    part = pixels[top : rows.stop + _AROUND_PX, left : columns.stop + _AROUND_PX]
+    return extract(floats_from_pixels(part), crop.shifted(-left, -top), work_px)
 
 
 def paste(

@@ -18,15 +18,28 @@ from closeup.detection import (
     merge_detections,
     scale_faces,
 )
-from closeup.diffuse import decode_latents, denoise, encode_picture, sample_posterior, step_table
+from closeup.diffuse import (
+    decode_latents,
+    denoise,
+    encode_picture,
+    latent_shape,
+    sample_posterior,
+    step_table,
+)
 from closeup.enlarge import enlarge
-from closeup.face_blend import blend_faces, differential_masks, face_mask, latent_mask
-from closeup.face_geometry import FaceCrop, extract
+from closeup.face_blend import (
+    FacePlace,
+    blend_faces,
+    differential_masks,
+    face_mask,
+    find_place,
+    latent_mask,
+)
+from closeup.face_geometry import extract_from_pixels
 from closeup.faces import FaceAction, FacePlan, face_report, plan_faces
-from closeup.images import floats_from_pixels
 from closeup.manifest import UpscalerManifest
 from closeup.noise import TorchNormal
-from closeup.run import Floats, Run, together
+from closeup.run import Floats, Run, start, together
 from closeup.samplers import StepTable
 
 Pixels = npt.NDArray[np.uint8]
@@ -88,7 +101,9 @@ async def find_faces(run: Run, pixels: Pixels) -> list[Face]:
         outputs = await run.infer("face_detector", {"input": tensor}, OUTPUT_NAMES)
         return decode_detections(outputs, scale=scale, size=(height, width))
 
-    looks = await together(run, [look(side) for side in detection_long_sides(height, width)])
+    # The quicker look first: the other's input is made while it runs.
+    sides = sorted(detection_long_sides(height, width))
+    looks = await together(run, [look(side) for side in sides])
     run.advance(1)
     return merge_detections(*looks)
 
@@ -143,48 +158,35 @@ async def _repaint_picture(
     wanted = [plan for plan in plans if plan.action is FaceAction.REPAINT]
     if not wanted:
         return pixels
-    picture = floats_from_pixels(pixels)
-    patches = await together(
-        run, [_repaint_face(run, image, picture, plan, guide) for plan in wanted]
+    repaints = await together(
+        run, [_repaint_face(run, image, pixels, plan, guide, upscaler) for plan in wanted]
     )
     run.count("inference_cycles")
-    fitted = await together(
-        run,
-        [
-            _fit_patch(run, patch, plan, upscaler)
-            for patch, plan in zip(patches, wanted, strict=True)
-        ],
-    )
-    return blend_faces(pixels, fitted)
-
-
-async def _fit_patch(
-    run: Run, patch: Floats, plan: FacePlan, upscaler: UpscalerManifest
-) -> tuple[Floats, FaceCrop, Floats]:
-    """Return a patch with pixels enough for its crop, the crop, and the mask of that size.
-
-    A patch that is to cover more pixels than the model paints is enlarged by the upscaler, as the
-    picture around it was.
-    """
-    factor = next((f for f in PATCH_FACTORS if f * plan.work_px >= plan.crop.side), MAX_FACTOR)
-    if factor > 1:
-        patch = await enlarge(run, patch, upscaler, factor)
-        plan = replace(plan, work_px=factor * plan.work_px)
-    return patch, plan.crop, face_mask(plan)
+    return blend_faces(pixels, repaints)
 
 
 async def _repaint_face(
-    run: Run, image: int, picture: Floats, plan: FacePlan, guide: Guide
-) -> Floats:
-    """Return the repainted crop (work, work, 3)."""
+    run: Run,
+    image: int,
+    pixels: Pixels,
+    plan: FacePlan,
+    guide: Guide,
+    upscaler: UpscalerManifest,
+) -> tuple[Floats, FacePlace]:
+    """Return the repainted crop with pixels enough for its place, and the place."""
     table = _table(run, plan)
     steps = len(table.timesteps)
     run.extend(steps)
+    crop = extract_from_pixels(pixels, plan.crop, plan.work_px)
+    encoding = await start(encode_picture(run, crop))
     stream = TorchNormal(plan.seed)
-    crop = extract(picture, plan.crop, plan.work_px)
-    known = sample_posterior(run, await encode_picture(run, crop), stream)
+    size = latent_shape(run.request, plan.work_px, plan.work_px)
+    stream.draw_ahead(2 + int(table.draws_noise.sum()), size)
+    factor = _patch_factor(plan)
+    place = find_place(pixels, plan.crop, face_mask(replace(plan, work_px=factor * plan.work_px)))
+    masks = differential_masks(latent_mask(face_mask(plan), size[1:]), steps)
+    known = sample_posterior(run, await encoding, stream)
     noise = stream.randn(known.shape)
-    soft = latent_mask(face_mask(plan), (known.shape[1], known.shape[2]))
     latents = await denoise(
         run,
         sample=np.asarray(table.init[0] * known + table.init[1] * noise, np.float32),
@@ -192,9 +194,20 @@ async def _repaint_face(
         table=table,
         stream=stream,
         image=image,
-        mask=differential_masks(soft, steps),
+        mask=masks,
         known=known,
         known_noise=noise,
     )
     run.count("faces_repainted")
-    return await decode_latents(run, latents)
+    patch = await decode_latents(run, latents)
+    if factor > 1:
+        patch = await enlarge(run, patch, upscaler, factor)
+    return patch, place
+
+
+def _patch_factor(plan: FacePlan) -> int:
+    """By how much the upscaler enlarges a repainted face, as it did the picture around it.
+
+    1 where the model paints as many pixels as the crop covers.
+    """
+    return next((f for f in PATCH_FACTORS if f * plan.work_px >= plan.crop.side), MAX_FACTOR)

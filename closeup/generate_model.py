@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import logging
+import sys
 import threading
 import time
 import uuid
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from closeup.errors import DeadlineError, RequestCancelled
-from closeup.fields import FIELD_BY_NAME
+from closeup.fields import FIELD_BY_NAME, FIELDS, Kind
 from closeup.graph import Outcome, generate
+from closeup.heap import keep_freed_memory
 from closeup.images import encode_image
 from closeup.info import build_info, picture_parameters
 from closeup.lora_store import LoraStore
@@ -38,6 +40,11 @@ log = logging.getLogger(__name__)
 
 WATCHDOG_MARGIN_S = 30.0
 BLS_THREADS = 64
+LOOK_INTERVAL_S = 0.05  # between looks at whether the client is still there
+# How long a thread that computes may keep the others from running, those that carry calls to the
+# engines among them; Python's own is 5 ms.
+SWITCH_INTERVAL_S = 0.0005
+PICTURE_FIELDS = {field.name for field in FIELDS if field.kind is Kind.IMAGE}
 
 
 class GenerateModel:
@@ -48,6 +55,8 @@ class GenerateModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Read the repository and start the event loop that runs the requests."""
         configure_logging()
+        keep_freed_memory()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._settings = read_settings()
         self._repository = Repository(Path(args["model_repository"]).parent)
         self._loras = LoraStore(self._settings.lora_dir)
@@ -82,7 +91,12 @@ class GenerateModel:
         self, inputs: dict[str, Array], parameters: Mapping[str, Any], reply: Reply
     ) -> None:
         try:
-            request = await asyncio.to_thread(self._resolve, inputs, parameters)
+            if any(
+                FIELD_BY_NAME[name].kind is Kind.IMAGE for name in inputs.keys() & FIELD_BY_NAME
+            ):
+                request = await asyncio.to_thread(self._resolve, inputs, parameters)
+            else:  # a fraction of a millisecond
+                request = self._resolve(inputs, parameters)
             run = self._start_run(request, reply)
             outcome = await generate(
                 run,
@@ -90,7 +104,11 @@ class GenerateModel:
                 upscaler=self._repository.upscaler,
             )
             run.check()
-            reply.finish(await asyncio.to_thread(self._answer, run, outcome))
+            request_id = uuid.uuid4().hex[:12]
+            answer = await asyncio.to_thread(self._answer, run, outcome, request_id)
+            await run.ticket_returned()
+            reply.finish(answer)
+            _log_request(request_id, run)
         except BaseException as error:
             reply.fail(error)
 
@@ -112,12 +130,17 @@ class GenerateModel:
         )
 
     def _start_run(self, request: Request, reply: Reply) -> Run:
-        due_s = time.monotonic() + self._settings.request_timeout_s
+        now_s = time.monotonic()
+        due_s, look_s = now_s + self._settings.request_timeout_s, now_s
 
         def check() -> None:
-            if reply.cancelled or reply.closed:
+            nonlocal look_s
+            now_s = time.monotonic()
+            if reply.closed or (now_s >= look_s and reply.cancelled):
                 raise RequestCancelled("the client cancelled the request or went away.")
-            if time.monotonic() > due_s:
+            if now_s >= look_s:  # each look is a question to Triton's process
+                look_s = now_s + LOOK_INTERVAL_S
+            if now_s > due_s:
                 raise DeadlineError(
                     "the request ran past the server's limit of "
                     f"{self._settings.request_timeout_s:g} s; ask for less or raise the limit."
@@ -137,7 +160,7 @@ class GenerateModel:
             warnings=list(request.warnings),
         )
 
-    def _answer(self, run: Run, outcome: Outcome) -> dict[str, Array]:
+    def _answer(self, run: Run, outcome: Outcome, request_id: str) -> dict[str, Array]:
         request = run.request
         with run.stage("files", len(outcome.pictures)):
             files = [
@@ -154,9 +177,7 @@ class GenerateModel:
                 for pictures in outcome.stages.values()
                 for pixels in pictures
             ]
-        request_id = uuid.uuid4().hex[:12]
         info = build_info(run, outcome, request_id)
-        _log_request(request_id, run)
         outputs = {
             "image": _file_tensor(files, request.raw),
             "info": text_tensor(json.dumps(info)),

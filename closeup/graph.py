@@ -19,6 +19,7 @@ from closeup.diffuse import (
     decode_latents,
     denoise,
     encode_picture,
+    latent_shape,
     sample_posterior,
     step_table,
 )
@@ -28,7 +29,7 @@ from closeup.images import floats_from_pixels, pixels_from_floats
 from closeup.manifest import UpscalerManifest
 from closeup.noise import TorchNormal
 from closeup.request import Mode, Request
-from closeup.run import Array, Floats, Run, together
+from closeup.run import Array, Floats, Run, start, together
 from closeup.samplers import StepTable
 from closeup.tokens import PromptTokenizer
 
@@ -55,6 +56,8 @@ async def generate(
 ) -> Outcome:
     """Run a request from prompt to finished pictures.
 
+    `Run.ticket_returned` is to be awaited before the client gets them.
+
     Args:
         run: the request and what runs it.
         tokenizers: of the model's text encoders.
@@ -66,9 +69,11 @@ async def generate(
     request = run.request
     stages: dict[str, list[Pixels]] = {}
     faces: list[list[FaceReport]] = [[] for _ in request.seeds]
-    async with run.admitted():
-        conditioning = await encode(run, tokenizers)
-        pictures = await paint(run, conditioning)
+    async with run.returning_ticket():
+        encoding = await start(encode(run, tokenizers))
+        streams = open_streams(run)
+        conditioning = await encoding
+        pictures = await paint(run, conditioning, streams)
         originals = [pixels_from_floats(picture) for picture in pictures]
         if request.stages:
             stages["generated"] = originals
@@ -93,14 +98,28 @@ async def generate(
 
 
 async def encode(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Conditioning:
-    """Encode the prompts."""
+    """Take a ticket and encode the prompts."""
     with run.stage("encode", 1):
         conditioning = await encode_prompts(run, tokenizers)
         run.advance(1)
     return conditioning
 
 
-async def paint(run: Run, conditioning: Conditioning) -> list[Floats]:
+def open_streams(run: Run) -> list[TorchNormal]:
+    """Return the pictures' streams of noise; what the first steps will draw is drawn already."""
+    request = run.request
+    streams = [TorchNormal(seed) for seed in request.seeds]
+    if request.mode is Mode.TEXT:
+        shape = latent_shape(request, request.height, request.width)
+        table = step_table(request, height=request.height, width=request.width)
+        for stream in streams:
+            stream.draw_ahead(1 + int(table.draws_noise.sum()), shape)
+    return streams
+
+
+async def paint(
+    run: Run, conditioning: Conditioning, streams: Sequence[TorchNormal]
+) -> list[Floats]:
     """Generate the pictures (H, W, 3) in [0, 1], or take the input as it is."""
     request = run.request
     if request.mode is Mode.UPSCALE or (request.image is not None and request.strength == 0):
@@ -120,8 +139,8 @@ async def paint(run: Run, conditioning: Conditioning) -> list[Floats]:
         return await together(
             run,
             [
-                _paint_one(run, index, TorchNormal(seed), table, guide, moments)
-                for index, seed in enumerate(request.seeds)
+                _paint_one(run, index, stream, table, guide, moments)
+                for index, stream in enumerate(streams)
             ],
         )
 
@@ -161,12 +180,6 @@ async def _paint_one(
     )
     run.count("inference_cycles")
     return await decode_latents(run, latents)
-
-
-def latent_shape(request: Request, height: int, width: int) -> tuple[int, int, int]:
-    """Return (C, h, w) of a picture's latents."""
-    scale = request.model.vae_scale_factor
-    return request.model.facts.latent_channels, height // scale, width // scale
 
 
 def latent_mask(mask: Pixels, shape: tuple[int, ...]) -> Floats:

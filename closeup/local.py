@@ -107,11 +107,13 @@ class LocalModels:
 
     async def run(self, run: Run) -> Outcome:
         """Run the graph."""
-        return await generate(
+        outcome = await generate(
             run,
             tokenizers=self.repository.tokenizers(run.request.model),
             upscaler=self.repository.upscaler,
         )
+        await run.ticket_returned()
+        return outcome
 
     def generate(self, **fields: Any) -> Outcome:
         """Resolve and run a request, and wait for it.

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 Singles: TypeAlias = npt.NDArray[np.float32]
 
+AHEAD = 1 << 18  # a megabyte; takes some 10 ms to draw
 _BLOCK = 16  # PyTorch transforms 8 + 8 uniforms at a time
 
 
@@ -30,12 +31,13 @@ class TorchNormal:
     and Nishimura 1998 for the Mersenne Twister.
     """
 
-    __slots__ = ("_bits", "_spare")
+    __slots__ = ("_ahead", "_bits", "_spare")
 
     def __init__(self, seed: int) -> None:
         # PyTorch's generator keeps the low 32 bits, of negative seeds too.
         self._bits = np.random.RandomState(seed & 0xFFFFFFFF)
         self._spare: float | None = None
+        self._ahead = np.empty(0, np.float32)  # normals drawn already
 
     def randn(self, shape: Sequence[int]) -> Singles:
         """Draws the next normals of the stream.
@@ -47,8 +49,54 @@ class TorchNormal:
             Array of this shape, float32, contiguous.
         """
         size = math.prod(shape)
-        flat = self._fill(size) if size >= _BLOCK else self._draw_few(size)
+        if self._ahead.size:
+            flat = self._take(size)
+        else:
+            flat = self._fill(size) if size >= _BLOCK else self._draw_few(size)
         return flat.reshape(tuple(shape))
+
+    def draw_ahead(self, count: int, shape: Sequence[int]) -> None:
+        """Draws what the next ``count`` calls of :meth:`randn` with this shape will return.
+
+        For when there is time. At most `AHEAD` values are kept, and none where the shape does
+        not fill whole blocks; the draws are the same either way.
+        """
+        size = math.prod(shape)
+        if size and size % _BLOCK == 0:
+            count = min(count, (AHEAD - self._ahead.size) // size)
+            if count > 0:
+                self._ahead = np.concatenate([self._ahead, self._fill(count * size)])
+
+    def _take(self, size: int) -> Singles:
+        """The next values, from those drawn ahead first."""
+        if size % _BLOCK:
+            raise ValueError(
+                f"{size} values were asked for after others were drawn ahead; expected a multiple "
+                f"of {_BLOCK}."
+            )
+        taken, self._ahead = self._ahead[:size], self._ahead[size:]
+        if taken.size == size:
+            return taken.copy()
+        return np.concatenate([taken, self._fill(size - taken.size)])
+
+    def randn_each(self, count: int, shape: Sequence[int]) -> Singles:
+        """Draws several arrays one after the other: ``count`` calls of :meth:`randn`, stacked.
+
+        Args:
+            count: how many arrays, 0 or more.
+            shape: of each.
+
+        Returns:
+            (count, *shape) float32, contiguous.
+        """
+        size = math.prod(shape)
+        if size >= _BLOCK and size % _BLOCK == 0:
+            # Whole blocks leave nothing over, so the arrays are one stretch of the stream.
+            return self.randn((count, *shape))
+        drawn = np.empty((count, *shape), np.float32)
+        for index in range(count):
+            drawn[index] = self.randn(shape)
+        return drawn
 
     def _fill(self, size: int) -> Singles:
         """At least a block: whole blocks, then the last 16 values again from fresh uniforms."""

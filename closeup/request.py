@@ -33,7 +33,7 @@ from closeup.request_rules import (
     wants_super_resolution,
 )
 from closeup.sampler_names import resolve_sampler_name
-from closeup.samplers import build_step_table, default_sampler
+from closeup.samplers import default_sampler, recall_step_table
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -120,7 +120,7 @@ def resolve_request(options: Options, *, served: Served, streaming: bool) -> Req
     named = _given(options, "scheduler", defaults.scheduler, default_sampler(model.scheduler))
     scheduler, note = resolve_sampler_name(str(named), flow=facts.flow)
     # Refuses what the sampler cannot do; the number of tokens only moves the noise levels.
-    build_step_table(scheduler, model.scheduler, steps, image_tokens=1 if facts.flow else None)
+    recall_step_table(scheduler, model.scheduler, steps, image_tokens=1 if facts.flow else None)
     return Request(
         mode=mode,
         model=model,

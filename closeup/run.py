@@ -21,8 +21,10 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
 
-# A segment should take about this long: one longer delays cancellation, one shorter costs calls.
+# A segment ends with the step that is under way after this time: one longer delays cancellation,
+# one shorter costs calls. What its steps bring with them is bounded apart.
 SEGMENT_S = 0.4
+SEGMENT_BYTES = 4 << 20
 
 COUNTERS = ("inference_cycles", "denoiser_steps", "faces_repainted")
 
@@ -78,7 +80,7 @@ class Run:
         check: raises when the request was cancelled or is past its deadline; called before
             every engine call.
         report: takes progress events.
-        segment_steps: steps a segment; None sizes segments by time.
+        segment_steps: steps a segment; None ends segments by time.
         timings_ms: stage -> wall milliseconds; stages do not overlap.
         usage: counters for billing: inference cycles (one a picture for its generation, its
             `hires_fix` and its face pass), denoising steps, faces.
@@ -96,7 +98,7 @@ class Run:
     ticket: int = 0
     started_s: float = field(default_factory=time.perf_counter)
     failed: bool = False
-    _step_s_per_value: float | None = None
+    _returning: asyncio.Future[None] | None = None
     _stage: str = ""
     _stage_started_s: float = 0.0
     _done: int = 0
@@ -119,50 +121,66 @@ class Run:
         Raises:
             ModelError: some of their values are not finite; later stages would hide them.
         """
-        answer = await self.infer(name, inputs, outputs)
-        for output in outputs:
-            values = answer[output]
-            # The smallest and the largest need no copy, and a NaN is passed on by both.
-            if values.size and not np.isfinite([values.min(), values.max()]).all():
-                raise ModelError(
-                    f"the output {output} of {name} holds values that are not finite: lower "
-                    "cfg_scale or the LoRA weights; if it stays, export the model in fp32."
-                )
-        return {output: np.asarray(answer[output], np.float32) for output in outputs}
+        return checked_floats(name, await self.infer(name, inputs, outputs), outputs)
 
-    @asynccontextmanager
-    async def admitted(self) -> AsyncIterator[None]:
-        """Hold a ticket of the denoiser: slots for the pictures, the LoRAs resident.
+    async def admit(
+        self, encoding: Mapping[str, Array] | None = None, outputs: Sequence[str] = ()
+    ) -> dict[str, Array]:
+        """Take a ticket of the denoiser: slots for the pictures, the LoRAs resident.
+
+        Args:
+            encoding: prompts that the denoiser encodes on the same way (see `closeup.segments`).
+            outputs: of the encoding.
+
+        Returns:
+            The answer, with the outputs.
 
         Raises:
             UnavailableError: no free slot.
             RequestError: a LoRA does not fit the model.
         """
         loras = json.dumps([[tag.id, tag.weight] for tag in self.request.loras])
-        denoiser = self.request.model.denoiser
+        inputs = {
+            **(encoding or {}),
+            "operation": text_tensor(ACQUIRE),
+            "slots": np.array([self.request.num_images], np.int64),
+            "loras": text_tensor(loras),
+        }
         answer = await self.infer(
-            denoiser,
-            {
-                "operation": text_tensor(ACQUIRE),
-                "slots": np.array([self.request.num_images], np.int64),
-                "loras": text_tensor(loras),
-            },
-            ["ticket", "warnings"],
+            self.request.model.denoiser, inputs, ["ticket", "warnings", *outputs]
         )
         self.ticket = int(answer["ticket"][0])
         for sentence in json.loads(answer["warnings"][0]):
             self.warn(sentence)
+        return answer
+
+    @asynccontextmanager
+    async def returning_ticket(self) -> AsyncIterator[None]:
+        """Give the ticket that was taken inside the block back at its end.
+
+        After a success only the way back is started, so that the files are made meanwhile:
+        `ticket_returned` waits for it.
+        """
         try:
             yield
-        finally:
-            await self.models.infer(
-                denoiser,
-                {
-                    "operation": text_tensor(RELEASE),
-                    "ticket": np.array([self.ticket], np.int64),
-                },
-                ["ticket"],
-            )
+        except BaseException:
+            await self._release()
+            raise
+        self._returning = await start(self._release())
+
+    async def ticket_returned(self) -> None:
+        """Wait until the ticket is back; to be awaited before the client gets its answer."""
+        if self._returning is not None:
+            await self._returning
+
+    async def _release(self) -> None:
+        ticket, self.ticket = self.ticket, 0
+        if ticket:
+            inputs = {
+                "operation": text_tensor(RELEASE),
+                "ticket": np.array([ticket], np.int64),
+            }
+            await self.models.infer(self.request.model.denoiser, inputs, ["ticket"])
 
     @contextmanager
     def stage(self, name: str, steps: int) -> Iterator[None]:
@@ -192,21 +210,15 @@ class Run:
         self._done += steps
         self._announce(image, preview)
 
-    def segment_length(self, sample: Array) -> int:
-        """Return how many steps of a sequence the next segment takes, at least 1.
+    def segment_length(self, step_bytes: int) -> int:
+        """Return how many steps of a sequence the next segment is given, at least 1.
 
         Args:
-            sample: its latents; the time of a step is taken to grow with their number.
+            step_bytes: of each step's noise and mask.
         """
         if self.segment_steps is not None:
             return self.segment_steps
-        if self._step_s_per_value is None:
-            return 1
-        return max(1, int(SEGMENT_S / (self._step_s_per_value * sample.size)))
-
-    def note_segment(self, sample: Array, steps: int, elapsed_s: float) -> None:
-        """Learn from a segment how long steps take, waiting for batch mates included."""
-        self._step_s_per_value = max(elapsed_s, 1e-6) / (steps * sample.size)
+        return max(1, SEGMENT_BYTES // max(1, step_bytes))
 
     def warn(self, sentence: str) -> None:
         """Add a sentence for the client, once."""
@@ -260,6 +272,37 @@ async def together(run: Run, pictures: Sequence[Coroutine[Any, Any, T]]) -> list
     for failure in failures:
         raise failure
     return [result for result in results if not isinstance(result, BaseException)]
+
+
+async def start(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Start a coroutine and come back when it waits for an engine: what follows runs meanwhile."""
+    task = asyncio.ensure_future(coroutine)
+    await asyncio.sleep(0)
+    return task
+
+
+def checked_floats(
+    name: str, answer: Mapping[str, Array], outputs: Sequence[str]
+) -> dict[str, Floats]:
+    """Return a model's outputs as float32.
+
+    Args:
+        name: of the model.
+        answer: its outputs.
+        outputs: those wanted.
+
+    Raises:
+        ModelError: some of their values are not finite.
+    """
+    for output in outputs:
+        values = answer[output]
+        # The smallest and the largest need no copy, and a NaN is passed on by both.
+        if values.size and not np.isfinite([values.min(), values.max()]).all():
+            raise ModelError(
+                f"the output {output} of {name} holds values that are not finite: lower "
+                "cfg_scale or the LoRA weights; if it stays, export the model in fp32."
+            )
+    return {output: np.asarray(answer[output], np.float32) for output in outputs}
 
 
 def text_tensor(text: str) -> Array:

@@ -7,8 +7,10 @@ samplers share its batches.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +32,7 @@ __all__ = [
     "build_step_table",
     "default_sampler",
     "find_sampler",
+    "recall_step_table",
 ]
 
 
@@ -173,6 +176,49 @@ def build_step_table(
         init_noise_sigma=schedule.init_noise_sigma,
         denoised_in_memory=sampler.denoised_in_memory,
     )
+
+
+def recall_step_table(
+    name: str,
+    scheduler_config: Mapping[str, Any],
+    num_inference_steps: int,
+    *,
+    strength: float | None = None,
+    image_tokens: int | None = None,
+) -> StepTable:
+    """Returns :func:`build_step_table`'s table, from memory where it was asked for before.
+
+    A request needs its table when it is checked and when it runs, and the same again for each
+    face; requests mostly keep a model's steps and sampler.
+
+    Args:
+        name: as there.
+        scheduler_config: as there; plain JSON.
+        num_inference_steps: as there.
+        strength: as there.
+        image_tokens: as there.
+
+    Returns:
+        The table; its arrays are read-only.
+
+    Raises:
+        RequestError, ModelError, ValueError: as there.
+    """
+    config = json.dumps(scheduler_config, sort_keys=True)
+    return _recall(name, config, num_inference_steps, strength, image_tokens)
+
+
+@lru_cache(maxsize=256)  # a table of 50 steps takes 5 kB
+def _recall(
+    name: str, config: str, num_inference_steps: int, strength: float | None, tokens: int | None
+) -> StepTable:
+    table = build_step_table(
+        name, json.loads(config), num_inference_steps, strength=strength, image_tokens=tokens
+    )
+    for array in (table.timesteps, table.input_scale, table.step, table.draws_noise,
+                  table.known_step, table.init):  # fmt: skip
+        array.setflags(write=False)
+    return table
 
 
 def _resolve(name: str, sampler: Sampler, scheduler_config: Mapping[str, Any]) -> SchedulerOptions:

@@ -1,11 +1,11 @@
 """The Triton interface of `<model>_denoiser`: tickets and segments.
 
 A request first takes a ticket (operation ``acquire``), which reserves its slots and makes its
-LoRAs resident; it may have prompts encoded (``encode``) by the text encoders that take LoRAs; it
-then sends *segments*, a few steps of one sequence each, and at last returns the ticket
-(``release``). Operation ``loras`` lists the LoRA folder and needs no ticket. All arrays are
-float32; C, h, w are the latents' channels and sides, K the steps of the segment, L tokens, D the
-text encoder's width.
+LoRAs resident; it may have prompts encoded (``encode``) by the text encoders that take LoRAs, the
+first of them in one call with ``acquire``; it then sends *segments*, a few steps of one sequence
+each, and at last returns the ticket (``release``). Operation ``loras`` lists the LoRA folder and
+needs no ticket. All arrays are float32; C, h, w are the latents' channels and sides, K the steps
+that the segment brings, L tokens, D the text encoder's width.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DENOISER_INPUTS: tuple[TritonTensor, ...] = (
     # acquire: slots wanted, and LoRAs as one JSON list of [id, weight]
     _optional("slots", "TYPE_INT64", 1),
     _optional("loras", "TYPE_STRING", 1),
-    # encode: which text encoder, and token ids
+    # encode, or with acquire: which text encoder, and token ids
     _optional("encoder", "TYPE_STRING", 1),
     _optional("input_ids", "TYPE_INT64", -1, -1),  # (prompts, L)
     # segment
@@ -46,6 +46,8 @@ DENOISER_INPUTS: tuple[TritonTensor, ...] = (
     _optional("time_ids", _F, -1, 6),  # (rows, 6), SDXL
     _optional("guidance_embed", _F, -1),  # (rows,), FLUX.1 dev
     _optional("guidance", _F, 1),  # used with two rows
+    # seconds after which a step's end also ends the segment; without it all steps are done
+    _optional("budget_s", _F, 1),
     _optional("timestep", _F, -1),  # (K,)
     _optional("input_scale", _F, -1),  # (K,)
     _optional("step", _F, -1, 3, 5),  # (K, 3, 5)
@@ -61,8 +63,9 @@ DENOISER_OUTPUTS: tuple[TritonTensor, ...] = (
     TritonTensor(name="warnings", data_type="TYPE_STRING", dims=(1,)),  # acquire; JSON list
     TritonTensor(name="loras", data_type="TYPE_STRING", dims=(1,)),  # loras; JSON list of
     # {"id", "bytes", "networks"}: networks it adapts, null while it is not in memory
-    TritonTensor(name="encoded_context", data_type=_F, dims=(-1, -1, -1)),  # encode
-    TritonTensor(name="encoded_pooled", data_type=_F, dims=(-1, -1)),  # encode
+    TritonTensor(name="encoded_context", data_type=_F, dims=(-1, -1, -1)),  # encode, acquire
+    TritonTensor(name="encoded_pooled", data_type=_F, dims=(-1, -1)),  # encode, acquire
+    TritonTensor(name="steps_done", data_type="TYPE_INT64", dims=(1,)),  # segment
     TritonTensor(name="next_sample", data_type=_F, dims=(-1, -1, -1)),
     TritonTensor(name="next_memory", data_type=_F, dims=(2, -1, -1, -1)),
 )

@@ -12,7 +12,6 @@ import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -212,7 +211,7 @@ async def super_resolve(
     shape = fit_tile(height, width, max_tile=tile, overlap=overlap) if fit else (tile, tile)
     tiles = plan_tiles(height, width, shape, overlap)
     reached = min(scale, factor)
-    enlarged = await _enlarge(image, tiles, infer, scale, reached, max_batch)
+    enlarged = await _enlarge(image, tiles, infer, reached, max_batch)
     if reached == factor:
         return enlarged
     return await super_resolve(
@@ -228,12 +227,25 @@ async def super_resolve(
 
 
 async def _enlarge(
-    image: Floats, tiles: Tiles, infer: InferTiles, scale: int, factor: int, max_batch: int
+    image: Floats, tiles: Tiles, infer: InferTiles, factor: int, max_batch: int
 ) -> Floats:
     padded = _padded(image, tiles.tile)
-    size = (factor * tiles.tile[0], factor * tiles.tile[1])
     # Colour planes apart, as the network has them: resizing and adding run at twice the speed.
+    if len(tiles.corners) == 1:
+        (answer,) = await infer(_cut(padded, tiles, tiles.corners))
+        joined = _averaged(answer, tiles, factor)
+    else:
+        joined = await _join_tiles(padded, tiles, infer, factor, max_batch)
+    joined = joined[:, : factor * image.shape[0], : factor * image.shape[1]]
+    return np.clip(joined, 0.0, 1.0).transpose(1, 2, 0)
+
+
+async def _join_tiles(
+    padded: Floats, tiles: Tiles, infer: InferTiles, factor: int, max_batch: int
+) -> Floats:
+    """Return the enlarged planes (3, H, W) of several tiles, ramps between them."""
     joined = np.zeros((3, factor * padded.shape[0], factor * padded.shape[1]), np.float32)
+    height, width = factor * tiles.tile[0], factor * tiles.tile[1]
     rows, columns = tiles.weights(factor)
     corners = tiles.corners
     for first in range(0, len(corners), max_batch):
@@ -242,20 +254,25 @@ async def _enlarge(
             row, column = divmod(i, len(tiles.lefts))
             weight = rows[row][:, None] * columns[column][None, :]
             top, left = factor * corners[i][0], factor * corners[i][1]
-            for plane, part in zip(joined, answer, strict=True):
-                place = plane[top : top + size[0], left : left + size[1]]
-                place += resize(part, size, how="area") * weight
-    np.clip(joined, 0.0, 1.0, out=joined)
-    inside = joined[:, : factor * image.shape[0], : factor * image.shape[1]]
-    merged: Floats = cv2.merge(list(inside))
-    return merged
+            place = joined[:, top : top + height, left : left + width]
+            for plane, part in zip(place, _averaged(answer, tiles, factor), strict=True):
+                plane += part * weight
+    return joined
+
+
+def _averaged(answer: Floats, tiles: Tiles, factor: int) -> Floats:
+    """Return a tile's enlarged planes (3, h, w), areas averaged down to the factor."""
+    size = (factor * tiles.tile[0], factor * tiles.tile[1])
+    if answer.shape[1:] == size:
+        return answer
+    return np.stack([resize(plane, size, how="area") for plane in answer])
 
 
 def _cut(image: Floats, tiles: Tiles, corners: list[tuple[int, int]]) -> Floats:
     """Return the tiles at these corners, (n, 3, t, u)."""
     height, width = tiles.tile
-    crops = [image[top : top + height, left : left + width] for top, left in corners]
-    return np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2))
+    planes = image.transpose(2, 0, 1)
+    return np.stack([planes[:, top : top + height, left : left + width] for top, left in corners])
 
 
 def _padded(image: Floats, tile: tuple[int, int]) -> Floats:

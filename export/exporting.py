@@ -35,12 +35,10 @@ from export.parts import DENOISER, VAE_DECODER, VAE_ENCODER, Part, WrittenPart, 
 from export.pipelines import VAE, component_config, refuse_pickles
 from export.repository import (
     DENOISER_MODEL,
-    STAMP_NAME,
     Staging,
     add_to_index,
     lock_repository,
     open_staging,
-    stamp_text,
 )
 from export.single_file import converted_folder
 from export.tokenizing import write_tokenizer
@@ -72,8 +70,7 @@ def export_pipeline(
     with open_staging(options.repository) as staging:
         manifest = _export_components(options, folder, layout, draft, staging)
         staging.write_text(manifest.denoiser, MANIFEST_NAME, manifest_json(manifest))
-        models = (manifest.denoiser, *_served_models(manifest))
-        staging.write_text(manifest.denoiser, STAMP_NAME, stamp_text(fingerprint, models))
+        staging.write_stamp(manifest.denoiser, fingerprint)
         with lock_repository(options.repository):
             staging.publish()
             add_to_index(options.repository, options.name)
@@ -248,12 +245,6 @@ def _lora_layout(options: ExportOptions, written: WrittenPart) -> LoraLayout | N
     return LoraLayout(max_rank=options.lora_rank, layers=written.layers)
 
 
-def _served_models(manifest: ModelManifest) -> tuple[str, ...]:
-    """The pipeline's models that Triton's onnxruntime backend serves."""
-    encoders = [manifest.encoder_model(e) for e in manifest.encoders if e.lora is None]
-    return (*encoders, manifest.vae_encoder, manifest.vae_decoder)
-
-
 def _export_served(staging: Staging, part: Part, model: str, *, max_batch: int) -> Component:
     """Export a part of a pipeline that Triton's onnxruntime backend serves."""
     written = export_part(part, staging.graph_path(model), model)
@@ -336,7 +327,7 @@ def _publish_shared(
     fingerprint: str,
 ) -> None:
     staging.write_text(model, MANIFEST_NAME, manifest_json(manifest))
-    staging.write_text(model, STAMP_NAME, stamp_text(fingerprint, (model,)))
+    staging.write_stamp(model, fingerprint)
     with lock_repository(staging.repository):
         staging.publish()
 

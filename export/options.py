@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import closeup
 from closeup.errors import ExportError
 from closeup.manifest import Defaults
 
@@ -38,6 +39,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SHARED_NAMES = ("generate", "generate_stream", "upscaler", "face_detector")
 # Their versions decide what is written.
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "optimum-onnx")
+# Modules of the library that decide it too: tensors of the denoiser's config, the manifest.
+_DECIDING = ("families.py", "manifest.py", "segments.py", "tensors.py")
 
 
 class Precision(str, Enum):
@@ -240,7 +243,8 @@ def _fingerprint(used: Mapping[str, Any], folder: Path, files: Iterable[Path]) -
     digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
     for package in _PACKAGES:
         digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    library = Path(closeup.__file__).parent
+    for source in (*sorted(Path(__file__).parent.glob("*.py")), *map(library.joinpath, _DECIDING)):
         digest.update(source.read_bytes())
     for path in files:
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from closeup.errors import ModelError
-from closeup.manifest import INDEX_NAME, MANIFEST_NAME, read_index
+from closeup.manifest import INDEX_NAME, read_index
 from export.config import MODEL_FILE, TritonConfig, config_text
 
 STAMP_NAME = "export.json"
@@ -51,6 +51,17 @@ class Staging:
     def write_config(self, config: TritonConfig) -> None:
         """Write the ``config.pbtxt`` of a model."""
         self.write_text(config.name, "config.pbtxt", config_text(config))
+
+    def write_stamp(self, model: str, fingerprint: str) -> None:
+        """Note in the folder of ``model`` what the export was made from and every file it wrote.
+
+        To be called last, before :meth:`publish`.
+        """
+        files = sorted(
+            str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()
+        )
+        stamp = {"fingerprint": fingerprint, "files": files}
+        self.write_text(model, STAMP_NAME, json.dumps(stamp, indent=1) + "\n")
 
     def publish(self) -> list[str]:
         """Move every folder into the repository, replacing what was there; returns their names."""
@@ -100,24 +111,11 @@ def add_to_index(repository: Path, name: str) -> None:
     os.replace(draft, repository / INDEX_NAME)
 
 
-def stamp_text(fingerprint: str, models: tuple[str, ...]) -> str:
-    """The content of ``export.json``: what an export was made from and what it wrote."""
-    return json.dumps({"fingerprint": fingerprint, "models": list(models)}, indent=1) + "\n"
-
-
 def is_unchanged(repository: Path, model: str, fingerprint: str) -> bool:
     """Whether the folder of ``model`` came from these inputs and all it wrote is still there."""
     try:
         stamp = json.loads((repository / model / STAMP_NAME).read_text(encoding="utf-8"))
-        complete = all(
-            (repository / name / "config.pbtxt").is_file()
-            and (repository / name / "1" / MODEL_FILE).is_file()
-            for name in stamp["models"]
-        )
+        complete = all((repository / name).is_file() for name in stamp["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return (
-        complete
-        and stamp["fingerprint"] == fingerprint
-        and (repository / model / MANIFEST_NAME).is_file()
-    )
+    return complete and bool(stamp["fingerprint"] == fingerprint)

@@ -6,14 +6,16 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from closeup.batching import Segment, SegmentResult, StepBatcher
+from closeup.batching import SegmentResult, StepBatcher
 from closeup.errors import ModelError, UnavailableError
+from closeup.feeds import Segment
 from tests.numpy_engine import run_numpy_engine
 
 Array = npt.NDArray[Any]
@@ -230,6 +232,50 @@ def test_sequence_leaves_when_its_future_is_cancelled() -> None:
         calls = made.counters.engine_calls
         time.sleep(0.05)
         assert made.counters.engine_calls == calls
+
+
+def test_segment_ends_with_the_step_under_way_when_its_time_is_up() -> None:
+    one = segment(3, steps=40, masked=True)
+    rest = one
+    done = 0
+    with batcher(GatedEngine()) as made:
+        while done < 40:
+            result = made.submit(replace(rest, budget_s=0.03)).result(10)
+            assert 1 <= result.steps <= 8  # a step takes 5 ms and more
+            done += result.steps
+            rest = from_step(one, done, result)
+    assert_same(result.sample, alone(one).sample)
+    assert_same(result.memory, alone(one).memory)
+
+
+def test_segment_does_one_step_when_it_has_no_time_at_all() -> None:
+    one = segment(3, steps=4)
+    with batcher(GatedEngine()) as made:
+        result = made.submit(replace(one, budget_s=0.0)).result(10)
+    assert result.steps == 1
+    assert_same(result.sample, by_hand(segment_start(one, 1))[0])
+
+
+def test_segment_does_all_its_steps_when_there_is_time() -> None:
+    one = segment(3, steps=4)
+    assert alone(one).steps == 4
+    assert alone(replace(one, budget_s=60.0)).steps == 4
+
+
+def from_step(one: Segment, first: int, state: SegmentResult) -> Segment:
+    """The rest of a segment, from the state after its first steps."""
+    return replace(
+        segment_start(one, len(one.timestep), first), sample=state.sample, memory=state.memory
+    )
+
+
+def segment_start(one: Segment, stop: int, first: int = 0) -> Segment:
+    """The steps from `first` to `stop` of a segment."""
+    by_step = ("timestep", "input_scale", "step", "noise", "mask", "known_step")
+    cut = {
+        name: getattr(one, name)[first:stop] for name in by_step if getattr(one, name) is not None
+    }
+    return replace(one, **cut)
 
 
 def test_plain_engine_runs_calls_in_which_nobody_uses_a_lora() -> None:

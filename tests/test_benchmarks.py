@@ -22,7 +22,16 @@ from benchmarks.lora_tables import (
     wait_section,
 )
 from benchmarks.measuring import compare_pairs, median_by_name, psnr_db
-from benchmarks.processes import MemoryWatch, cpu_seconds, descendants, parents_of_all, pss_bytes
+from benchmarks.overhead import Load, OverheadSample, overhead_section
+from benchmarks.processes import (
+    MemoryWatch,
+    cpu_seconds,
+    cpu_seconds_by_name,
+    descendants,
+    machine_cpu_seconds,
+    parents_of_all,
+    pss_bytes,
+)
 from benchmarks.random_loras import random_tensors, write_random_lora
 from benchmarks.results import (
     Section,
@@ -32,7 +41,7 @@ from benchmarks.results import (
     report_markdown,
     section_markdown,
 )
-from benchmarks.serving import counters_from
+from benchmarks.serving import Counters, counters_from
 from closeup.lora_read import read_lora
 from closeup.manifest import LoraLayer, LoraLayout
 
@@ -165,6 +174,41 @@ def test_cpu_seconds_grow_when_the_process_works() -> None:
     while time.process_time() - started_s < 0.1:
         pass
     assert cpu_seconds(os.getpid()) - before_s >= 0.05  # the kernel counts in ticks of 10 ms
+
+
+def test_machine_counts_at_least_what_this_process_uses_when_it_works() -> None:
+    before_s, own_s = machine_cpu_seconds(), time.process_time()
+    while time.process_time() - own_s < 0.2:
+        pass
+    assert machine_cpu_seconds() - before_s >= 0.1
+    assert sum(cpu_seconds_by_name(os.getpid()).values()) == pytest.approx(
+        cpu_seconds(os.getpid()), abs=0.05
+    )  # a few ticks pass between the two
+
+
+def test_overhead_is_the_wall_time_without_any_engine_when_summed_up() -> None:
+    def asked(wall_s: float) -> OverheadSample:
+        engine_s = {"a": 0.5, "b": 0.3, "idle": 0.0}
+        calls = {"a": 4.0, "b": 1.0, "idle": 0.0}
+        return OverheadSample(
+            wall_s=wall_s, added=Counters(engine_s=engine_s, calls=calls, sequence_steps=4)
+        )
+
+    cpu_s = {"generate": 0.3, "tritonserver": 0.3, "a": 2.4}
+    load = Load(cpu_s=cpu_s, machine_s=3.0, wall_s=3.2)
+    section = overhead_section("toy", [asked(1.0), asked(0.84), asked(1.6)], load, 0.08)
+    assert section.verdicts[0].value == pytest.approx(0.2)  # of 0.05, 0.2, 0.5
+    assert not section.verdicts[0].met
+    assert ("a", "4", "500.0") in section.rows
+    assert not [row for row in section.rows if row[0] == "idle"]
+    assert ("outside engine calls", "", "200.0") in section.rows
+    assert ("CPU time of processes without engines", "", "200.0") in section.rows
+    assert ("CPU time of all server processes", "", "1000.0") in section.rows
+    assert "20.0% of the server's" in section.notes[0]
+    assert "Other programs used 0%" in section.notes[0]
+    assert load.others == 0
+    cores = len(os.sched_getaffinity(0))
+    assert Load(cpu_s=cpu_s, machine_s=3.0 + 1.6, wall_s=3.2).others == pytest.approx(0.5 / cores)
 
 
 def test_memory_watch_sees_the_peak_when_it_is_over_before_the_end() -> None:

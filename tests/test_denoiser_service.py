@@ -280,6 +280,55 @@ def test_encode_uses_each_tickets_lora_when_several_are_held(open_denoiser: Open
         assert _fed(denoiser)["lora"].any() == changed
 
 
+@pytest.mark.parametrize("ids", [(), ("both",)])
+def test_acquire_encodes_on_the_same_way_when_token_ids_come_with_it(
+    ids: tuple[str, ...], open_denoiser: Open
+) -> None:
+    denoiser = open_denoiser(_manifest())
+    answer = _acquire_and_encode(denoiser, *ids).result(20)
+    apart = _start(denoiser, "encode", ticket=answer["ticket"], encoder="text_encoder",
+                   input_ids=_ids(7, 9)).result(20)  # fmt: skip
+    for name in ("encoded_context", "encoded_pooled"):
+        np.testing.assert_array_equal(answer[name], apart[name])
+    expected = 7 + (_text_sum() if ids else 0.0)
+    assert abs(answer["encoded_context"][0, 0, 0] - expected) < 1e-5  # as above
+    assert denoiser.slots_in_use == 1
+    _start(denoiser, "release", ticket=answer["ticket"]).result(20)
+    assert denoiser.slots_in_use == 0
+
+
+@pytest.mark.parametrize("ids", [(), ("both",)])
+def test_acquire_holds_nothing_when_its_prompts_cannot_be_encoded(
+    ids: tuple[str, ...], open_denoiser: Open
+) -> None:
+    denoiser = open_denoiser(_manifest())
+    with pytest.raises(ModelError, match="no text encoder 'other'"):
+        _acquire_and_encode(denoiser, *ids, encoder="other").result(20)
+    assert denoiser.slots_in_use == 0
+    counters = denoiser.lora_counters()
+    assert counters is not None
+    assert counters.bank.in_use == 0
+
+
+def test_acquire_encodes_nothing_when_there_is_no_slot(
+    open_denoiser: Open, toy_encoder: ToyEncoder
+) -> None:
+    denoiser = open_denoiser(_manifest(), slots=1)
+    _acquire(denoiser)
+    toy_encoder.reached.clear()
+    with pytest.raises(UnavailableError, match="1 of 1 slots are taken"):
+        _acquire_and_encode(denoiser).result(20)
+    assert not toy_encoder.reached.is_set()
+
+
+def _acquire_and_encode(
+    denoiser: Denoiser, *ids: str, encoder: str = "text_encoder"
+) -> Future[Answer]:
+    loras = json.dumps([[name, 1.0] for name in ids])
+    return _start(denoiser, "acquire", slots=np.array([1]), loras=loras, encoder=encoder,
+                  input_ids=_ids(7, 9))  # fmt: skip
+
+
 def test_one_reading_of_a_file_serves_both_networks(open_denoiser: Open) -> None:
     denoiser = open_denoiser(_manifest(), lora_cache_bytes=0)
     _acquire(denoiser, "both")

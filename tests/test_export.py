@@ -34,7 +34,7 @@ from export.options import (
     pipeline_fingerprint,
     read_folder_facts,
 )
-from export.repository import add_to_index
+from export.repository import add_to_index, is_unchanged
 from tests.tiny_pipelines import write_tiny_pipeline, write_tiny_upscaler
 
 PROMPT = "a photo of the woman, close up of the face, red coat, 42!"
@@ -205,6 +205,26 @@ def test_export_is_skipped_when_nothing_changed(
     assert main(exported.arguments) == 0
     assert "tiny_denoiser: unchanged" in capsys.readouterr().out
     assert (exported.repository / "tiny_denoiser" / "1" / "model.onnx").stat().st_mtime_ns == before
+
+
+def test_export_is_not_skipped_when_any_file_it_wrote_is_gone(exported: Exported) -> None:
+    stamp = json.loads((exported.repository / "tiny_denoiser" / "export.json").read_text())
+    written = {path.removeprefix("tiny_") for path in stamp["files"]}
+    assert written >= {
+        "denoiser/1/model.onnx", "denoiser/1/plain.onnx", "denoiser/1/text_encoder.onnx",
+        "denoiser/1/model.py", "denoiser/config.pbtxt", "denoiser/manifest.json",
+        "denoiser/tokenizer.json", "vae_encoder/1/model.onnx", "vae_decoder/config.pbtxt",
+    }  # fmt: skip
+    model, fingerprint = "tiny_denoiser", stamp["fingerprint"]
+    assert is_unchanged(exported.repository, model, fingerprint)
+    assert not is_unchanged(exported.repository, model, "another")
+    for name in [*stamp["files"], "tiny_denoiser/export.json"]:
+        path = exported.repository / name
+        path.rename(path.with_name("away"))
+        try:
+            assert not is_unchanged(exported.repository, model, fingerprint), name
+        finally:
+            path.with_name("away").rename(path)
 
 
 def test_fingerprint_changes_when_weights_options_or_facts_change(

@@ -10,17 +10,16 @@ import numpy.typing as npt
 import pytest
 
 from closeup.face_blend import (
-    blend,
     blend_faces,
-    blend_pixels,
     differential_masks,
     face_mask,
+    find_place,
     fit_colour,
     latent_mask,
 )
-from closeup.face_geometry import FaceCrop, extract, paste
+from closeup.face_geometry import FaceCrop, extract, extract_from_pixels, paste
 from closeup.faces import FaceOptions, FacePlan
-from closeup.images import Floats, floats_from_pixels, pixels_from_floats
+from closeup.images import Floats, Pixels, floats_from_pixels, pixels_from_floats
 from tests.drawn_faces import SIZE, make_face, make_plans
 
 
@@ -40,6 +39,11 @@ def _mask_in_picture(plan: FacePlan) -> Floats:
     return mask
 
 
+def blend_pixels(pixels: Pixels, patch: Floats, crop: FaceCrop, mask: Floats) -> Pixels:
+    """Paste one face."""
+    return blend_faces(pixels, [(patch, find_place(pixels, crop, mask))])
+
+
 # -------------------------------------------------------------------------- extract and paste
 
 
@@ -47,6 +51,19 @@ def test_extract_returns_the_pixels_themselves_when_sizes_agree() -> None:
     scene = _scene()
     crop = FaceCrop(center=(100.0, 200.0), side=64.0, angle_deg=0.0)
     np.testing.assert_array_equal(extract(scene, crop, 64), scene[168:232, 68:132])
+
+
+@pytest.mark.parametrize("angle", [0.0, 30.0, -100.0, 45.0])
+@pytest.mark.parametrize("center", [(400.0, 300.0), (30.0, 20.0), (790.0, 590.0)])
+def test_extract_from_pixels_is_extract_of_the_whole_picture_when_anywhere(
+    angle: float, center: tuple[float, float]
+) -> None:
+    pixels = pixels_from_floats(_scene(smooth_px=1.0))
+    crop = FaceCrop(center=center, side=64.0, angle_deg=angle)
+    got = extract_from_pixels(pixels, crop, 48)
+    expected = extract(floats_from_pixels(pixels), crop, 48)
+    np.testing.assert_array_equal(got, expected)
+    assert expected.std() > 0.05
 
 
 @pytest.mark.parametrize("angle", [0.0, 30.0, -100.0, 180.0])
@@ -317,24 +334,16 @@ def test_blend_faces_gives_the_same_picture_when_faces_come_in_any_order() -> No
     pixels = pixels_from_floats(_scene())
     faces = [make_face(400, 300, 70), make_face(445, 310, 60), make_face(420, 350, 50)]
     repaints = [
-        (np.full((256, 256, 3), value, np.float32), plan.crop, face_mask(plan))
+        (
+            np.full((256, 256, 3), value, np.float32),
+            find_place(pixels, plan.crop, face_mask(plan)),
+        )
         for value, plan in zip((0.0, 0.5, 1.0), make_plans(faces, work_px=256), strict=True)
     ]
     one, other = blend_faces(pixels, repaints), blend_faces(pixels, repaints[::-1])
     # Masks of 2 % at most meet in a pixel: 2 % of 255. A repainted neighbour would be off by 100.
     assert np.abs(one.astype(int) - other).max() <= 6
     assert (one != pixels).any(axis=-1).sum() > 3000
-
-
-def test_blend_agrees_with_blend_pixels_when_both_are_used() -> None:
-    pixels = pixels_from_floats(_scene())
-    (plan,) = make_plans([make_face(400, 300, tilt_deg=30)], work_px=96)
-    patch = np.random.default_rng(0).random((96, 96, 3), dtype=np.float32)
-    mask = face_mask(plan)
-    floats = blend(floats_from_pixels(pixels), patch, plan.crop, mask)
-    np.testing.assert_array_equal(
-        pixels_from_floats(floats), blend_pixels(pixels, patch, plan.crop, mask)
-    )
 
 
 def test_blend_pixels_shows_the_patch_when_it_lies_in_the_middle_of_the_face() -> None:
@@ -363,7 +372,8 @@ def _seam(after: Floats, before: Floats, edge: npt.NDArray[np.bool_]) -> float:
 
 @pytest.mark.parametrize("tilt", [0, 30])
 def test_blend_leaves_less_of_a_seam_than_a_naive_paste_when_colours_shift(tilt: float) -> None:
-    scene = _scene()
+    pixels = pixels_from_floats(_scene())
+    scene = floats_from_pixels(pixels)
     (plan,) = make_plans([make_face(400, 300, 100, tilt_deg=tilt)], work_px=256)
     patch = extract(scene, plan.crop, 256) * np.float32(0.9) + np.array(
         [0.06, 0.0, -0.03], np.float32
@@ -375,7 +385,7 @@ def test_blend_leaves_less_of_a_seam_than_a_naive_paste_when_colours_shift(tilt:
     filled = np.zeros(SIZE, np.uint8)
     filled[region] = square > 0.5
     square_edge = cv2.morphologyEx(filled, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
-    blended = blend(scene, patch, plan.crop, face_mask(plan))
+    blended = floats_from_pixels(blend_pixels(pixels, patch, plan.crop, face_mask(plan)))
     soft_edge = (_mask_in_picture(plan) > 0.01) & (_mask_in_picture(plan) < 0.99)
     naive_seam, seam = _seam(naive, scene, square_edge), _seam(blended, scene, soft_edge)
     assert naive_seam > 0.02

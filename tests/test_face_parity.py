@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from closeup import face_blend, face_pass
-from closeup.face_geometry import FaceCrop, extract
+from closeup.face_blend import FacePlace
+from closeup.face_geometry import extract
 from closeup.images import Floats, floats_from_pixels, pixels_from_floats
 from closeup.local import LocalModels
 from closeup.manifest import FaceDetectorManifest, UpscalerManifest
@@ -110,7 +111,7 @@ def repaint_theirs(
     )  # fmt: skip
 
 
-Patch = tuple[Floats, FaceCrop, Floats]
+Patch = tuple[Floats, FacePlace]
 
 
 def repaint_ours(
@@ -139,10 +140,10 @@ def test_repainted_faces_equal_diffusers(
 ) -> None:
     handed, reports, before = repaint_ours(ours, scheduler, monkeypatch)
     assert len(handed) == len(FACES)
-    for (patch, crop, mask), report in zip(handed, reports, strict=True):
+    for (patch, place), report in zip(handed, reports, strict=True):
         assert patch.shape == (NATIVE_PX, NATIVE_PX, 3)
-        original = extract(before, crop, NATIVE_PX)
-        expected = repaint_theirs(theirs, scheduler, original, mask, report["seed"])
+        original = extract(before, place.crop, NATIVE_PX)
+        expected = repaint_theirs(theirs, scheduler, original, place.mask, report["seed"])
         assert psnr_db(pixels_from_floats(patch), pixels_from_floats(expected)) >= BAR_DB
 
 
@@ -150,8 +151,8 @@ def test_bar_rejects_another_seed_no_mask_and_the_untouched_crop(
     ours: FacedModels, theirs: DiffusersReference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handed, reports, before = repaint_ours(ours, "euler_a", monkeypatch)
-    patch, crop, mask = handed[0]
-    original = extract(before, crop, NATIVE_PX)
+    patch, place = handed[0]
+    mask, original = place.mask, extract(before, place.crop, NATIVE_PX)
     seed = reports[0]["seed"]
     wrong = [
         repaint_theirs(theirs, "euler_a", original, mask, seed + 1),

@@ -361,6 +361,45 @@ def test_progress_is_monotone_and_complete(make: Make) -> None:
         assert told[-1].eta_s == 0
 
 
+@pytest.mark.parametrize("mask", [False, True])
+def test_picture_is_the_same_when_time_cuts_its_segments_short(make: Make, mask: bool) -> None:
+    fields = {**FIELDS, "steps": 30}
+    if mask:
+        half = np.zeros((SIDE, SIDE, 3), np.uint8)
+        half[:, SIDE // 2 :] = 255
+        fields |= {"input_image": png(waves(SIDE, SIDE)), "mask_image": png(half)}
+    whole = make(settings=Settings(segment_steps=50), call_s=0.0)
+    expected = whole.paint(**fields)[1].pictures[0]
+    assert whole.count("toy_denoiser", "segment") == 1
+    # Each of the 30 or 24 calls takes 30 ms, so the 0.4 s of a segment end after 14 or sooner.
+    slow = make(settings=Settings(), call_s=0.03)
+    run, outcome, events = slow.paint(**fields)
+    np.testing.assert_array_equal(outcome.pictures[0], expected)
+    assert 2 <= slow.count("toy_denoiser", "segment") <= 24
+    steps = run.usage["denoiser_steps"]
+    assert steps == (24 if mask else 30)
+    # The warm-up's step apart, none was done twice.
+    assert slow.denoiser().counters.sequence_steps == 1 + steps
+    told = [event.step for event in events if event.stage == "generate"]
+    assert told == sorted(set(told))
+    assert told[-1] == steps
+
+
+def test_segments_carry_bounded_noise_when_latents_are_large(make: Make) -> None:
+    run = make().start(make().resolve(**FIELDS))
+    run.segment_steps = None
+    assert run.segment_length(1 << 20) == 4  # 4 MiB
+    assert run.segment_length(5 << 20) == 1
+    assert run.segment_length(0) > 50
+
+
+def test_ticket_is_back_when_a_request_has_its_pictures(make: Make) -> None:
+    toy = make()
+    toy.paint(**FIELDS)
+    assert toy.denoiser().slots_in_use == 0
+    assert toy.count("toy_denoiser", "release") == toy.count("toy_denoiser", "acquire") == 1
+
+
 def test_previews_are_small_pictures_of_the_estimate(toy: ToyModels) -> None:
     _, outcome, events = toy.paint(**FIELDS, previews=True)
     previews = [event for event in events if event.preview]
@@ -399,7 +438,10 @@ def test_cancelled_request_stops_within_one_segment(make: Make, stage: str, step
         asyncio.run(toy.run(run))
     segments = toy.count("toy_denoiser", "segment")
     assert segments == {"generate": 1, "encode": 0}.get(stage, segments)
-    assert toy.calls[-1] == ("toy_denoiser", "release")
+    if stage == "encode":
+        assert toy.calls == []  # not even a ticket was taken
+    else:
+        assert toy.calls[-1] == ("toy_denoiser", "release")
     assert toy.denoiser().slots_in_use == 0
     # Nothing of it runs on, and the next request is served.
     assert toy.denoiser().counters.sequence_steps == 1 + run.usage["denoiser_steps"]

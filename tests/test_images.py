@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -206,6 +207,17 @@ def test_encode_image_cuts_the_comment_when_it_exceeds_a_jpeg_segment() -> None:
     assert 20_000 < len(kept) < 40_000
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 1), (33, 50), (512, 300)])
+def test_png_is_read_by_other_decoders_when_of_any_size(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (*size, 3), dtype=np.uint8)
+    data = encode_image(pixels[:, ::-1], format="png", metadata={"parameters": "x"})
+    read = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    np.testing.assert_array_equal(read[:, ::-1, ::-1], pixels)
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()  # checks every chunk's sum
+        np.testing.assert_array_equal(np.asarray(image), pixels[:, ::-1])
+
+
 def test_encode_image_raises_when_png_gets_a_quality() -> None:
     with pytest.raises(ValueError, match="lossless"):
         encode_image(_noise(), format="png", quality=90)
@@ -229,6 +241,19 @@ def test_pixels_from_floats_raises_when_a_value_is_nan() -> None:
     floats[1, 2, 0] = np.nan
     with pytest.raises(ModelError, match="bf16"):
         pixels_from_floats(floats)
+
+
+def test_pictures_in_colour_planes_give_the_same_when_converted_or_resized() -> None:
+    floats = np.random.default_rng(1).random((40, 24, 3), dtype=np.float32) * 1.2 - 0.1
+    planes = np.ascontiguousarray(floats.transpose(2, 0, 1)).transpose(1, 2, 0)
+    assert not planes.flags.c_contiguous
+    expected = np.rint(np.clip(floats, 0, 1).astype(np.float64) * 255).astype(np.uint8)
+    for picture in (floats, planes, floats[:, ::-1][:, ::-1]):
+        np.testing.assert_array_equal(pixels_from_floats(picture), expected)
+        np.testing.assert_array_equal(resize(picture, (17, 60)), resize(floats, (17, 60)))
+    planes[3, 2, 1] = np.nan
+    with pytest.raises(ModelError, match="bf16"):
+        pixels_from_floats(planes)
 
 
 def test_resize_averages_areas_when_shrinking() -> None:

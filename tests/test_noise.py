@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from closeup.noise import Singles, TorchNormal
+from closeup.noise import AHEAD, Singles, TorchNormal
 
 # One unit in the last place of a value in [2, 4): PyTorch's compiler fuses some multiplications
 # with additions, which rounds one time less. The stream of uniforms itself is exact.
@@ -81,3 +81,42 @@ def test_torch_normal_is_fast_when_a_1024_px_latent_is_drawn() -> None:
         seconds.append(time.perf_counter() - start)
     # 3 ms on a quiet core; the bound only catches a loop in Python (150 ms).
     assert min(seconds) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 16), (4, 9, 7), (3,), ()])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_randn_each_equals_single_draws_when_their_size_is_any(
+    count: int, shape: tuple[int, ...]
+) -> None:
+    one_by_one, at_once = TorchNormal(5), TorchNormal(5)
+    expected = [one_by_one.randn(shape) for _ in range(count)]
+    drawn = at_once.randn_each(count, shape)
+    assert drawn.shape == (count, *shape)
+    assert drawn.dtype == np.float32
+    for array, other in zip(drawn, expected, strict=True):
+        np.testing.assert_array_equal(array, other)
+    # The stream stands at the same place afterwards.
+    np.testing.assert_array_equal(at_once.randn((40,)), one_by_one.randn((40,)))
+
+
+def test_draw_ahead_changes_no_draw_when_it_comes_at_any_time() -> None:
+    plain, ahead = TorchNormal(9), TorchNormal(9)
+    shape = (4, 8, 10)
+    for count in (0, 3, 1, 0, 2):
+        ahead.draw_ahead(count, shape)
+        for _ in range(2):
+            np.testing.assert_array_equal(ahead.randn(shape), plain.randn(shape))
+        np.testing.assert_array_equal(ahead.randn_each(3, shape), plain.randn_each(3, shape))
+
+
+def test_draw_ahead_is_bounded_and_leaves_shapes_alone_that_fill_no_whole_blocks() -> None:
+    plain, ahead = TorchNormal(9), TorchNormal(9)
+    ahead.draw_ahead(3, (5, 7))
+    np.testing.assert_array_equal(ahead.randn((5, 7)), plain.randn((5, 7)))
+    for _ in range(2):
+        ahead.draw_ahead(10**9, (AHEAD // 4,))
+    with pytest.raises(ValueError, match="multiple of 16"):
+        ahead.randn((5, 7))
+    for _ in range(6):
+        np.testing.assert_array_equal(ahead.randn((AHEAD // 4,)), plain.randn((AHEAD // 4,)))
+    np.testing.assert_array_equal(ahead.randn((5, 7)), plain.randn((5, 7)))

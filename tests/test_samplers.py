@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,13 @@ import torch
 
 from closeup.errors import RequestError
 from closeup.noise import TorchNormal
-from closeup.samplers import FALLBACK_SAMPLER, SAMPLERS, build_step_table, default_sampler
+from closeup.samplers import (
+    FALLBACK_SAMPLER,
+    SAMPLERS,
+    build_step_table,
+    default_sampler,
+    recall_step_table,
+)
 from tests.sampler_reference import (
     API_NAMES,
     REFERENCES,
@@ -235,3 +242,24 @@ def test_build_step_table_is_fast_when_50_steps_are_asked_for(name: str) -> None
         seconds.append(time.perf_counter() - start)
     # 1 to 6 ms on a quiet core; a request runs for seconds.
     assert min(seconds) < 0.05
+
+
+@pytest.mark.parametrize("strength", [None, 0.6])
+def test_recalled_table_is_the_built_one_and_read_only_when_asked_for_twice(
+    strength: float | None,
+) -> None:
+    built = build_step_table("euler_a", SD15, 9, strength=strength)
+    tables = [recall_step_table("euler_a", dict(SD15), 9, strength=strength) for _ in range(2)]
+    assert tables[0] is tables[1]
+    for field in dataclasses.fields(built):
+        np.testing.assert_array_equal(getattr(tables[0], field.name), getattr(built, field.name))
+    with pytest.raises(ValueError, match="read-only"):
+        tables[0].step[0] = 0
+    other = recall_step_table("euler_a", {**SD15, "beta_end": 0.013}, 9, strength=strength)
+    assert not np.array_equal(other.input_scale, tables[0].input_scale)
+
+
+def test_recalled_table_is_refused_each_time_when_the_request_is_out_of_range() -> None:
+    for _ in range(2):
+        with pytest.raises(RequestError, match="denoising_strength"):
+            recall_step_table("euler_a", SD15, 9, strength=1.5)

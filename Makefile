@@ -35,6 +35,13 @@ lint: setup  ## ruff and mypy --strict, tests included
 bench: setup  ## compare with diffusers in PyTorch; prints a table and writes benchmarks/results/
 	$(BIN)/python -m benchmarks
 
+gpu-check: setup  ## compare every kind of engine on the GPU with the CPU, then a short bench-gpu
+	$(BIN)/python -m benchmarks.gpu_check
+	$(BIN)/python -m benchmarks.gpu --quick --out out/bench
+
+bench-gpu: setup  ## time the families' real sizes on the GPU; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.gpu
+
 demo-train: setup  ## train the demo model; resumable, hours on two cores
 	nice -n 19 $(BIN)/python -m demo.train
 
@@ -42,4 +49,4 @@ tables: setup  ## rewrite the tables and files that are made from the code
 	$(BIN)/python -m export.tables
 	$(BIN)/python client/generate_fields.py
 
-.PHONY: help setup run serve test lint bench demo-train tables
+.PHONY: help setup run serve test lint bench gpu-check bench-gpu demo-train tables

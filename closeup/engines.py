@@ -22,6 +22,9 @@ from closeup.errors import ModelError
 Array: TypeAlias = npt.NDArray[Any]
 
 THREADS_VARIABLE = "CLOSEUP_THREADS"
+DEVICE_VARIABLE = "CLOSEUP_DEVICE"
+DEVICES = ("auto", "cpu", "cuda")
+CUDA_PROVIDER = "CUDAExecutionProvider"
 
 # ONNX Runtime's names of element types -> numpy.
 _ONNX_DTYPES: dict[str, np.dtype[Any]] = {
@@ -60,6 +63,21 @@ def count_threads() -> int:
     return int(text)
 
 
+def wanted_device() -> str:
+    """Where ONNX graphs run: ``CLOSEUP_DEVICE``, else ``auto``, a GPU where there is one.
+
+    Returns:
+        ``auto``, ``cpu``, or ``cuda``: the CPU is then an error.
+
+    Raises:
+        ModelError: ``CLOSEUP_DEVICE`` is something else.
+    """
+    device = os.environ.get(DEVICE_VARIABLE) or "auto"
+    if device not in DEVICES:
+        raise ModelError(f"{DEVICE_VARIABLE} is {device!r}; expected one of {', '.join(DEVICES)}.")
+    return device
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
     """One input or output of an engine.
@@ -91,7 +109,8 @@ class EngineOptions:
             engine alone on its cores, slower as soon as several processes share them.
         graph_optimization: ONNX Runtime's level: ``disabled``, ``basic``, ``extended`` or ``all``.
         optimized_model_path: where ONNX Runtime writes the graph it made; None writes nothing.
-        use_cuda: take the CUDA provider where it is present.
+        use_cuda: take the CUDA provider where it is present; by default unless `wanted_device`
+            is ``cpu``.
         device_id: which CUDA device.
         keep_memory: keep the memory of one call for the next. False hands it back after every
             call, a smaller process for engines that run seldom and need much: 12 convolutions at
@@ -102,7 +121,7 @@ class EngineOptions:
     spinning: bool = False
     graph_optimization: str = "all"
     optimized_model_path: Path | None = None
-    use_cuda: bool = True
+    use_cuda: bool = field(default_factory=lambda: wanted_device() != "cpu")
     device_id: int = 0
     keep_memory: bool = True
 
@@ -194,11 +213,16 @@ def _fits(shape: tuple[int, ...], expected: tuple[int | str, ...]) -> bool:
 
 
 class OnnxEngine:
-    """An ONNX graph in ONNX Runtime (an :class:`Engine`)."""
+    """An ONNX graph in ONNX Runtime (an :class:`Engine`).
+
+    Attributes:
+        provider: ONNX Runtime's name of where the graph runs, e.g. ``CUDAExecutionProvider``.
+    """
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         self._name = _name_from_path(path)
         self._session: Any = _session_from_onnx(path, options)
+        self.provider: str = self._session.get_providers()[0]
         self._run_options = _make_run_options(options, self._session.get_providers())
         self._inputs = tuple(_spec_from_node(self._name, n) for n in self._session.get_inputs())
         self._outputs = tuple(_spec_from_node(self._name, n) for n in self._session.get_outputs())
@@ -244,9 +268,9 @@ def _session_from_onnx(path: Path, options: EngineOptions) -> Any:
 
     ort.set_default_logger_severity(3)  # errors only: warnings name nodes, not what to do
     available = ort.get_available_providers()
-    providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
-    if options.use_cuda and "CUDAExecutionProvider" in available:
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": options.device_id}))
+    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
+    if options.use_cuda and CUDA_PROVIDER in available:
+        providers.insert(0, (CUDA_PROVIDER, _cuda_options(options)))
     try:
         session = ort.InferenceSession(
             str(path), sess_options=_make_session_options(options), providers=providers
@@ -258,8 +282,28 @@ def _session_from_onnx(path: Path, options: EngineOptions) -> Any:
                 f"{path} keeps its weights in a file beside it that cannot be read: {text}"
             ) from error
         raise ModelError(f"ONNX Runtime cannot open {path}: {text}") from error
+    _check_device(path, session.get_providers()[0], options)
     _trim_heap()
     return session
+
+
+def _cuda_options(options: EngineOptions) -> dict[str, str]:
+    return {
+        "device_id": str(options.device_id),
+        # The default tries every algorithm anew for each size of picture and batch.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        # float32 graphs stay float32: the face detector and the VAE are exported so on purpose.
+        "use_tf32": "0",
+    }
+
+
+def _check_device(path: Path, provider: str, options: EngineOptions) -> None:
+    """Refuse the CPU where CUDA was demanded; ONNX Runtime falls back without a word."""
+    if options.use_cuda and wanted_device() == "cuda" and provider != CUDA_PROVIDER:
+        raise ModelError(
+            f"{path} would run on {provider} though {DEVICE_VARIABLE} is 'cuda': install "
+            f"onnxruntime-gpu and its CUDA libraries, or set {DEVICE_VARIABLE} to 'auto'."
+        )
 
 
 def _trim_heap() -> None:
@@ -308,7 +352,7 @@ def _make_run_options(options: EngineOptions, providers: Sequence[str]) -> Any:
     run_options.log_severity_level = 3
     if not options.keep_memory:
         arenas = "cpu:0"
-        if "CUDAExecutionProvider" in providers:  # naming an arena that is not there fails the run
+        if CUDA_PROVIDER in providers:  # naming an arena that is not there fails the run
             arenas += f";gpu:{options.device_id}"
         run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arenas)
     return run_options

@@ -239,13 +239,21 @@ def hash_file(path: Path) -> str:
 def _fingerprint(used: Mapping[str, Any], folder: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
     for package in _PACKAGES:
-        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+        digest.update(f"{package} {_version(package)}\n".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     for path in files:
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
         digest.update(hash_file(path).encode())
     return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    """An installed package's version; its build for GPUs goes by a name of its own."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version(f"{package}-gpu")
 
 
 def _matters(path: Path) -> bool:

@@ -132,7 +132,7 @@ class _Place:
 
 
 def _initializer(name: str, tensor: Tensor, file: IO[bytes]) -> onnx.TensorProto:
-    values = tensor.contiguous().numpy()
+    values = tensor.cpu().contiguous().numpy()  # a module on a GPU is traced there
     proto = TensorProto(name=name, dims=values.shape, data_type=_ONNX_TYPES[tensor.dtype])
     if values.nbytes <= _INLINE_BYTES:
         proto.raw_data = values.tobytes()

@@ -46,7 +46,7 @@ class Flavour(str, Enum):
         return {Flavour.TENSORRT: "tensorrt", Flavour.RTX: "tensorrt_rtx"}[self]
 
     @property
-    def title(self) -> str:
+    def label(self) -> str:
         """Its name in messages."""
         return {Flavour.TENSORRT: "TensorRT", Flavour.RTX: "TensorRT-RTX"}[self]
 
@@ -287,12 +287,12 @@ def verify_plan(plan: Path, runtime: RuntimeFacts, *, onnx_sha256: str | None = 
 def _runtime_problem(record: PlanRecord, runtime: RuntimeFacts) -> str:
     if record.flavour is not runtime.flavour:
         return (
-            f"it was built by {record.flavour.title} and cannot be opened by "
-            f"{runtime.flavour.title}, which is what runs here"
+            f"it was built by {record.flavour.label} and cannot be opened by "
+            f"{runtime.flavour.label}, which is what runs here"
         )
     if record.version != runtime.version:
         return (
-            f"it was built by {record.flavour.title} {record.version} and runs only there, this "
+            f"it was built by {record.flavour.label} {record.version} and runs only there, this "
             f"is {runtime.version}"
         )
     if runtime.sm not in record.sms:

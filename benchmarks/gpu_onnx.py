@@ -19,7 +19,8 @@ from benchmarks.gpu_blocks import NotRun, first_line
 from benchmarks.gpu_findings import ORT, ORT_ENGINE, ORT_GRAPH, Findings
 from benchmarks.gpu_models import Subject, build_network
 from benchmarks.gpu_timing import median_ms
-from closeup.engines import CUDA_PROVIDER, EngineOptions, open_engine
+from closeup.engines import EngineOptions, open_engine
+from closeup.onnx_engine import CUDA_PROVIDER
 from export.denoiser import denoiser_graph
 from export.graphs import OPSET, Graph, Sizes, compare
 from export.streaming import write_streamed

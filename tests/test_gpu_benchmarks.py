@@ -28,8 +28,9 @@ from benchmarks.gpu_onnx import OnnxSteps
 from benchmarks.gpu_timing import count_flops, median_ms
 from benchmarks.gpu_whole import LEAST_PSNR_DB, WholeRun, whole_section
 from closeup.devices import Gpu, find_gpus
-from closeup.engines import OnnxEngine, wanted_device
+from closeup.engines import wanted_device
 from closeup.errors import ModelError
+from closeup.onnx_engine import OnnxEngine
 from tests.paths import ROOT
 from tests.triton_fixtures import save_double
 

@@ -2,7 +2,8 @@
 
 Small graphs of all families with random weights, the demo model's whole request, and which parts
 of the GPU path this machine lacks. Ends with 0 when everything agrees, 1 when something does not,
-2 with one sentence where there is no GPU to check.
+2 with one sentence where there is no GPU to check, 4 with one sentence where all that could be
+checked agrees but there is no TensorRT.
 """
 
 from __future__ import annotations
@@ -22,21 +23,24 @@ from benchmarks.gpu_blocks import Budget, NotRun, cut_off, first_line, last_line
 from benchmarks.gpu_findings import blocks_section
 from benchmarks.gpu_graphs import Case, Job, plan_jobs, try_job
 from benchmarks.gpu_onnx import describe_onnxruntime
+from benchmarks.gpu_plans import require_toolchains, worst_error
 from benchmarks.gpu_whole import device_variable, run_whole, whole_section
-from benchmarks.hardware import describe_machine, machine_kind, package_version
+from benchmarks.hardware import describe_machine, machine_kind
 from benchmarks.results import Section, Verdict, report_markdown, section_markdown
 from closeup.devices import find_gpus
 from closeup.engines import open_engine
 from demo.default_request import DEFAULT_REQUEST
 from demo.run import ROOT, WEIGHTS, export_command
 from export.graphs import compare
+from export.precisions import Precision
 
 # Relative 2-norm against ONNX Runtime on the CPU. float32 sums in another order give 1e-6 to
 # 1e-5; float16 products give 1e-3; a wrong kernel or layout gives 1e-1 and more.
 LIMITS = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-2}
 WORKERS = 8
 DEFAULT_MINUTES = 5.0
-FAILED_CODE, NO_GPU_CODE = 1, 2
+FAILED_CODE, NO_GPU_CODE, NO_TENSORRT_CODE = 1, 2, 4
+TENSORRT = "TensorRT"
 
 
 class Check:
@@ -55,7 +59,9 @@ class Check:
         self._rows: list[tuple[str, ...]] = []
         self._worst: dict[str, float] = {}
         self._failures: list[str] = []
+        self._notes: list[str] = []
         self._sections: list[Section] = []
+        self._ready: list[tuple[Job, Sequence[Case]]] = []
         self._export: subprocess.Popen[str] | None = None
 
     def run(self) -> None:
@@ -64,7 +70,7 @@ class Check:
         try:
             self.budget.run("engines", self._engines, limit_s=150)
             self.budget.run("whole request in this process", self._whole, limit_s=120)
-            self.budget.run("TensorRT", self._tensorrt, limit_s=10)
+            self.budget.run(TENSORRT, self._tensorrt, limit_s=240)
         finally:
             if self._export is not None and self._export.poll() is None:
                 self._export.kill()
@@ -88,7 +94,7 @@ class Check:
             columns=("engine", "precision", "relative error", "calls", "runs on"),
             rows=tuple(sorted(self._rows)),
             verdicts=verdicts,
-            notes=tuple(self._failures),
+            notes=(*self._failures, *self._notes),
         )
         blocks = blocks_section(self.budget.seconds, self.budget.reasons)
         return [engines, *self._sections, blocks]
@@ -102,7 +108,9 @@ class Check:
                 try:
                     if isinstance(answer, str):
                         raise NotRun(answer)
-                    self._compare(job, answer)
+                    self._ready.append((job, answer))
+                    if job.precision != Precision.BF16:  # ONNX Runtime has too few kernels for it
+                        self._compare(job, answer)
                 except Exception as error:  # the other engines are worth knowing all the same
                     self._failures.append(f"{job.title}, {job.precision}: {first_line(error)}")
 
@@ -117,11 +125,13 @@ class Check:
                 worst = max(worst, *errors)
         finally:
             engine.close()
+        provider = getattr(engine, "provider", "").removesuffix("ExecutionProvider")
+        self._note(job, worst, len(cases), provider)
+
+    def _note(self, job: Job, worst: float, calls: int, runs_on: str) -> None:
         precision = job.precision.value
         self._worst[precision] = max(self._worst.get(precision, 0.0), worst)
-        provider = getattr(engine, "provider", "TensorRT").removesuffix("ExecutionProvider")
-        row = (job.title, precision, f"{worst:.1e}", str(len(cases)), provider)
-        self._rows.append(row)
+        self._rows.append((job.title, precision, f"{worst:.1e}", str(calls), runs_on))
 
     def _begin_export(self) -> None:
         if not (WEIGHTS / "sd" / "unet").is_dir():
@@ -145,10 +155,25 @@ class Check:
         self._sections.append(whole_section("Whole request, demo model, face pass included", sides))
 
     def _tensorrt(self) -> None:
-        found = {name: package_version(name) for name in ("tensorrt", "tensorrt-rtx")}
-        if set(found.values()) == {"not installed"}:
-            raise NotRun("neither tensorrt nor tensorrt-rtx is installed.")
-        raise NotRun(f"this version of the check opens no plans (found {found}).")
+        """Build a plan of every graph and run it; in the order in which they came."""
+        if self._device != "cuda":
+            raise NotRun("plans are opened on a GPU only.")
+        toolchains, reasons = require_toolchains()
+        self._notes += reasons
+        for toolchain in toolchains:
+            label = f"{toolchain.flavour.label} {toolchain.version}"
+            for job, cases in self._ready:
+                try:
+                    self._note(job, worst_error(job, cases, toolchain), 2 * len(cases), label)
+                except Exception as error:  # the other engines are worth knowing all the same
+                    title = f"{job.title}, {job.precision}, {label}"
+                    self._failures.append(f"{title}: {first_line(error)}")
+
+    @property
+    def without_tensorrt(self) -> str:
+        """Why no plan was run; empty when plans were."""
+        reason = self.budget.reasons.get(TENSORRT, "")
+        return reason.removeprefix("not run: ") if reason.startswith("not run") else ""
 
 
 def describe(device: str) -> dict[str, str]:
@@ -199,7 +224,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write()
     print("\n\n".join(section_markdown(section) for section in check.sections()))
     print(f"\n{'FAILED' if check.failed else 'ok'} after {time.perf_counter() - started_s:.0f} s")
-    return FAILED_CODE if check.failed else 0
+    if check.failed:
+        return FAILED_CODE
+    if given.device == "cuda" and check.without_tensorrt:
+        print(f"gpu-check: no TensorRT plan was checked: {check.without_tensorrt}", file=sys.stderr)
+        return NO_TENSORRT_CODE
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 import torch
@@ -14,10 +15,11 @@ import torch
 from benchmarks.gpu_blocks import first_line
 from export.components import face_detector_graph, upscaler_graph
 from export.detector import OUTPUT_NAMES, FaceDetector
+from export.float_twin import write_float_twin
 from export.graphs import Graph, open_session, write_graph
 from export.layouts import layout_of
-from export.options import Precision
-from export.parts import DENOISER, VAE_DECODER, VAE_ENCODER, Part, build_graph
+from export.parts import Part, build_graph
+from export.precisions import DENOISER, VAE_DECODER, VAE_ENCODER, Precision
 from export.upscalers import SRVGGNetCompact
 from tests.tiny_pipelines import TOKENS, write_tiny_flux, write_tiny_pipeline, write_tiny_sdxl
 
@@ -103,16 +105,29 @@ def write_job(job: Job) -> tuple[Case, ...]:
     torch.set_num_threads(1)  # there is a process for every two cores
     graph = _graph(job)
     write_graph(graph, job.path)
-    session = open_session(job.path)
+    # ONNX Runtime has no bfloat16 on a CPU: its answers are those of the graph in float32.
+    is_bfloat = job.precision == Precision.BF16
+    session = open_session(write_float_twin(job.path) if is_bfloat else job.path)
     return tuple(_answer(graph, session, number) for number in range(len(graph.cases)))
 
 
 def _answer(graph: Graph, session: ort.InferenceSession, number: int) -> Case:
     drawn = graph.draw(graph.cases[number], 2000 + number)
-    inputs = {name: value.numpy() for name, value in drawn.items()}
+    inputs = {name: _array(value) for name, value in drawn.items()}
     names = [tensor.name for tensor in graph.outputs]
-    outputs = dict(zip(names, session.run(names, inputs), strict=True))
+    readable = {name: _widened(array) for name, array in inputs.items()}
+    outputs = dict(zip(names, session.run(names, readable), strict=True))
     return Case(inputs=inputs, outputs=outputs)
+
+
+def _array(value: torch.Tensor) -> np.ndarray[Any, Any]:
+    if value.dtype == torch.bfloat16:
+        return value.float().numpy().astype(ml_dtypes.bfloat16)
+    return value.numpy()
+
+
+def _widened(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
 
 
 def _graph(job: Job) -> Graph:

@@ -124,7 +124,7 @@ class PlanRecord:
         precision: of the network: ``fp32``, ``fp16`` or ``bf16``. All types are in the graph.
         inputs: in the graph's order.
         outputs: in the graph's order.
-        profiles: at least one, the first is the most general.
+        profiles: at least one, the largest size first.
         flags: options of the builder, by name.
         plan_sha256: of the plan.
         plan_bytes: of the plan.

@@ -119,10 +119,11 @@ def make_logger(trt: Any, messages: Messages) -> Any:
 
     It must live as long as what was made with it.
     """
+    base: Any = trt.ILogger
 
-    class MessageLog(trt.ILogger):  # type: ignore[misc]
+    class MessageLog(base):  # type: ignore[misc]
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            base.__init__(self)
 
         def log(self, severity: Any, text: str) -> None:
             messages.add(severity.name, text)

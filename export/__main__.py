@@ -15,7 +15,6 @@ from closeup.manifest import Defaults
 from export.options import (
     ExportOptions,
     ModelFacts,
-    Precision,
     check_options,
     file_fingerprint,
     is_single_file,
@@ -23,6 +22,7 @@ from export.options import (
     read_folder_facts,
     resolve_folder,
 )
+from export.precisions import Precision
 from export.repository import is_unchanged
 
 

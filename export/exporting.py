@@ -31,8 +31,9 @@ from export.config import ONNXRUNTIME_PARAMETERS, QUEUE_DELAY_US, TritonConfig
 from export.graphs import Graph, GraphTensor, export_graph, open_session
 from export.layouts import INDEX_NAME, EncoderLayout, PipelineLayout, layout_of, read_json
 from export.options import ExportOptions, ModelFacts, hash_file
-from export.parts import DENOISER, VAE_DECODER, VAE_ENCODER, Part, WrittenPart, export_part
+from export.parts import Part, WrittenPart, export_part
 from export.pipelines import VAE, component_config, refuse_pickles
+from export.precisions import DENOISER, VAE_DECODER, VAE_ENCODER
 from export.repository import (
     DENOISER_MODEL,
     STAMP_NAME,

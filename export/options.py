@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from closeup.errors import ExportError
 from closeup.manifest import Defaults
+from export.precisions import Precision
 
 FOLDER_OPTIONS_NAME = "closeup.json"
 _NUMBER = (int, float)
@@ -38,16 +38,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SHARED_NAMES = ("generate", "generate_stream", "upscaler", "face_detector")
 # Their versions decide what is written.
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "optimum-onnx")
-
-
-class Precision(str, Enum):
-    """Of the denoiser's and the text encoders' weights."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import safe_open
 
 from closeup.errors import ExportError
-from export.graphs import quiet_exporters
+from export.graphs import quiet_exporters, torch_dtype
 from export.layouts import (
     FLUX_LAYOUT,
     INDEX_NAME,
@@ -29,8 +29,9 @@ from export.layouts import (
     PipelineLayout,
     layout_of,
 )
-from export.options import FOLDER_OPTIONS_NAME, Precision
+from export.options import FOLDER_OPTIONS_NAME
 from export.pipelines import VAE
+from export.precisions import Precision
 
 _LAYOUTS: Mapping[str, PipelineLayout] = {"v1": SD15_LAYOUT, "xl": SDXL_LAYOUT, "flux": FLUX_LAYOUT}
 
@@ -100,7 +101,7 @@ class _Shape:
 
 def _convert(path: Path, config: Path | None, precision: Precision, folder: Path) -> None:
     layout = family_of_file(path) if config is None else layout_of(config)
-    dtype = torch.float16 if precision is Precision.FP16 else torch.float32
+    dtype = torch_dtype(precision)
     options: dict[str, Any] = {} if config is None else {"config": str(config)}
     options["local_files_only"] = config is not None
     if layout is FLUX_LAYOUT:

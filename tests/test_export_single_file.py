@@ -15,8 +15,9 @@ from closeup.errors import ExportError
 from export import exporting
 from export.__main__ import main, parse_options, run_export
 from export.layouts import SD15_LAYOUT, layout_of
-from export.options import ModelFacts, Precision, pipeline_fingerprint
+from export.options import ModelFacts, pipeline_fingerprint
 from export.pipelines import load_component
+from export.precisions import Precision
 from export.single_file import converted_folder, family_of_file
 from tests.original_layout import write_original_checkpoint
 from tests.tiny_pipelines import write_tiny_pipeline

@@ -65,7 +65,7 @@ def find_problems(repository: Path, facts: Facts = runtime_facts) -> list[str]:
     return problems
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, facts: Facts = runtime_facts) -> int:
     """Run the check; 0 when all is well, 1 with a line for each problem."""
     parser = argparse.ArgumentParser(
         prog="python -m closeup.preflight", description="Check the plans of a model repository."
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given.repository.is_dir():
         sys.stderr.write(f"preflight: there is no model repository at {given.repository}.\n")
         return 1
-    problems = find_problems(given.repository)
+    problems = find_problems(given.repository, facts)
     for problem in problems:
         sys.stderr.write(f"preflight: {problem}\n")
     if problems:

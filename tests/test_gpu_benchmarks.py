@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import gpu_check, gpu_plans
 from benchmarks.gpu import parse_options
 from benchmarks.gpu_blocks import Budget, NotRun, first_line, last_line
 from benchmarks.gpu_findings import (
@@ -23,14 +24,19 @@ from benchmarks.gpu_findings import (
     blocks_section,
     model_section,
 )
+from benchmarks.gpu_graphs import Case
 from benchmarks.gpu_models import SUBJECTS, build_network, call_inputs, make_subject
 from benchmarks.gpu_onnx import OnnxSteps
+from benchmarks.gpu_plans import cover
 from benchmarks.gpu_timing import count_flops, median_ms
 from benchmarks.gpu_whole import LEAST_PSNR_DB, WholeRun, whole_section
+from closeup import tensorrt_package
 from closeup.devices import Gpu, find_gpus
 from closeup.engines import wanted_device
-from closeup.errors import ModelError
+from closeup.errors import ExportError, ModelError
 from closeup.onnx_engine import OnnxEngine
+from closeup.plans import Flavour
+from export.builder import Toolchain
 from tests.paths import ROOT
 from tests.triton_fixtures import save_double
 
@@ -266,3 +272,59 @@ def test_wanted_device_raises_when_the_environment_is_no_device(
         wanted_device()
     monkeypatch.delenv("CLOSEUP_DEVICE")
     assert wanted_device() == "auto"
+
+
+def test_plan_profile_covers_every_case_and_no_more() -> None:
+    shapes = ((2, 4, 8), (5, 4, 6), (1, 4, 12))
+    cases = [Case(inputs={"x": np.zeros(shape)}, outputs={}) for shape in shapes]
+    (limits,) = cover(cases).shapes.values()
+    assert (limits.min, limits.opt, limits.max) == ((1, 4, 6), (2, 4, 8), (5, 4, 12))
+    assert all(limits.takes(shape) for shape in shapes)
+
+
+def test_gpu_check_fails_with_a_sentence_when_there_is_no_gpu_or_no_tensorrt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_check, "find_gpus", lambda: ())
+    assert gpu_check.main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gpu-check: there is no NVIDIA GPU")
+
+    gpu = Gpu(index=0, name="NVIDIA H100", capability=(9, 0))
+    monkeypatch.setattr(gpu_check, "find_gpus", lambda: (gpu,))
+    for block in ("_engines", "_whole", "_begin_export"):
+        monkeypatch.setattr(gpu_check.Check, block, lambda self: None)
+
+    def refuse(flavour: Flavour) -> Toolchain:
+        raise ExportError(f"{flavour.label} is not installed here.")
+
+    monkeypatch.setattr(gpu_plans, "open_toolchain", refuse)
+    assert gpu_check.main([]) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "gpu-check: no TensorRT plan was checked: TensorRT is not installed here. TensorRT-RTX is "
+        "not installed here."
+    )
+
+
+def test_toolchain_is_refused_with_its_gpus_when_it_does_not_build_for_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def rtx_only(flavour: Flavour) -> Toolchain:
+        if flavour is Flavour.TENSORRT:
+            raise ExportError("no TensorRT")
+        return Toolchain(
+            flavour=flavour, module=None, version="1.7.1.116", sms=("8.9", "12.0"), gpu=""
+        )
+
+    monkeypatch.setattr(gpu_plans, "open_toolchain", rtx_only)
+    for sm, count in (("9.0", 0), ("8.9", 1)):
+        gpu = tensorrt_package.Gpu(name="a GPU", sm=sm)
+        monkeypatch.setattr(gpu_plans, "find_gpu", lambda gpu=gpu: gpu)
+        found, reasons = gpu_plans.find_toolchains()
+        assert len(found) == count
+        assert reasons[0] == "no TensorRT"
+        if not count:
+            assert reasons[1] == (
+                "TensorRT-RTX 1.7.1.116 builds for compute capability 8.9, 12.0, and a GPU has 9.0."
+            )

@@ -38,7 +38,7 @@ from export.precisions import Precision
 # 1e-5; float16 products give 1e-3; a wrong kernel or layout gives 1e-1 and more.
 LIMITS = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-2}
 WORKERS = 8
-DEFAULT_MINUTES = 5.0
+DEFAULT_MINUTES = 10.0
 FAILED_CODE, NO_GPU_CODE, NO_TENSORRT_CODE = 1, 2, 4
 TENSORRT = "TensorRT"
 

@@ -344,7 +344,7 @@ class PlanBuckets:
         }
         if any(side < 0 for shape in outputs.values() for side in shape):
             raise ModelError(f"the plan's outputs {outputs} depend on values; expected shapes.")
-        need = int(self._engine.get_device_memory_size_for_profile_v2(profile))
+        need = _workspace_bytes(self._engine, profile)
         return Bucket(context=context, output_shapes=outputs, workspace_bytes=need)
 
     def _place(self, bucket: Bucket, buffers: Mapping[str, int]) -> None:
@@ -360,7 +360,7 @@ class PlanBuckets:
         bucket.runs = 0
         bucket.addresses = ()
         if bucket.workspace_bytes:
-            bucket.context.set_device_memory(workspace.address, workspace.size_bytes)
+            _give_workspace(bucket.context, workspace)
         for name, address in buffers.items():
             if not bucket.context.set_tensor_address(name, address):
                 raise ModelError(f"TensorRT refuses the buffer of {name}: {self._reason()}.")
@@ -378,7 +378,9 @@ class PlanBuckets:
             self._parts.device.drop(graph)
 
     def _reason(self) -> str:
-        return explain(self._parts.messages.errors)
+        reason = explain(self._parts.messages.errors)
+        self._parts.messages.errors.clear()  # the next failure has its own
+        return reason
 
 
 def _open_plan(path: Path, parts: PlanParts) -> Any:
@@ -404,6 +406,19 @@ class _Opened:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
+
+
+def _workspace_bytes(engine: Any, profile: int) -> int:
+    """Activation memory of a profile; TensorRT 10's first releases have the older name alone."""
+    ask = getattr(engine, "get_device_memory_size_for_profile_v2", None)
+    return int((ask or engine.get_device_memory_size_for_profile)(profile))
+
+
+def _give_workspace(context: Any, workspace: Buffer) -> None:
+    if hasattr(context, "set_device_memory"):
+        context.set_device_memory(workspace.address, workspace.size_bytes)
+    else:
+        context.device_memory = workspace.address
 
 
 def _spec(tensor: PlanTensor) -> TensorSpec:

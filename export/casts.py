@@ -49,7 +49,7 @@ class CastReport:
     stretches: tuple[tuple[str, int], ...] = ()
 
     def describe(self) -> str:
-        """Return the report as a clause, e.g. ``casts: 5 to bf16, 2 back, none inside the network``."""
+        """Return the report as a clause, e.g. ``casts: 5 to bf16, 2 back, none inside``."""
         if not self.narrowing and not self.widening:
             return "no casts"
         inner = (

@@ -28,6 +28,7 @@ def replace_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp's is for its owner alone; servers run as others
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -201,6 +201,8 @@ class Denoiser:
         }
         if not layouts:
             return None
+        if self.manifest.limits is not None:
+            rows = min(rows, self.manifest.limits.lora_rows)
         dtypes = self._encoders.lora_dtypes()
         if DENOISER in layouts:
             dtypes[DENOISER] = lora_dtype(self._engine)

@@ -19,8 +19,9 @@ from closeup.plans import Flavour
 
 log = logging.getLogger(__name__)
 
-# What pip installs, and the extra of this project that names it.
+# What pip installs; this project's extras have the flavours' names.
 PACKAGES = {Flavour.TENSORRT: "tensorrt-cu13", Flavour.RTX: "tensorrt-rtx-cu13"}
+_SOURCES = {Flavour.TENSORRT: ", whose libraries are in NVIDIA's own package index or image"}
 _KEPT_MESSAGES = 20
 _CUDA_ERROR = re.compile(r"cuda ?error:? ?(\d+)", re.IGNORECASE)
 _NO_DEVICE, _OLD_DRIVER, _OUT_OF_MEMORY = 100, 35, 2
@@ -52,8 +53,8 @@ def import_tensorrt(flavour: Flavour) -> Any:
     except ModuleNotFoundError as error:
         raise ModelError(
             f"{flavour.label} is not installed here (no module {error.name}): install the package "
-            f"{package}, or this project with the extra of that name, pip install "
-            f"'closeup[{flavour.value}]'."
+            f"{package}, or this project with its extra, pip install 'closeup[{flavour.value}]'"
+            f"{_SOURCES.get(flavour, '')}."
         ) from error
     except (ImportError, OSError, RuntimeError) as error:
         raise ModelError(

@@ -268,19 +268,20 @@ def _configure(job: BuildJob, toolchain: Toolchain, parts: _Parts) -> None:
             kind = getattr(trt.ComputeCapability, f"SM{sm.replace('.', '')}")
             config.set_compute_capability(kind, place)
     for profile in job.profiles:
-        _add_profile(job, profile, parts)
+        if config.add_optimization_profile(make_profile(parts.builder, profile)) < 0:
+            raise _failure(job, parts, f"TensorRT refuses the profile {profile.name}")
     if toolchain.timing_cache is not None:
         cache = config.create_timing_cache(read_file(toolchain.timing_cache))
         if cache is None or not config.set_timing_cache(cache, False):
             config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
-def _add_profile(job: BuildJob, profile: Profile, parts: _Parts) -> None:
-    made = parts.builder.create_optimization_profile()
+def make_profile(builder: Any, profile: Profile) -> Any:
+    """Return a profile as the builder has them."""
+    made = builder.create_optimization_profile()
     for name, limits in profile.shapes.items():
         made.set_shape(name, limits.min, limits.opt, limits.max)
-    if parts.config.add_optimization_profile(made) < 0:
-        raise _failure(job, parts, f"TensorRT refuses the profile {profile.name}")
+    return made
 
 
 def _attach_monitor(parts: _Parts, progress: Progress) -> Any:

@@ -49,7 +49,7 @@ class CastReport:
     stretches: tuple[tuple[str, int], ...] = ()
 
     def describe(self) -> str:
-        """Return the report as a clause, e.g. ``5 casts to bf16, 2 back, none in between``."""
+        """Return the report as a clause, e.g. ``casts: 5 to bf16, 2 back, none inside``."""
         if not self.narrowing and not self.widening:
             return "no casts"
         inner = (
@@ -58,7 +58,7 @@ class CastReport:
             if self.stretches
             else "none inside the network"
         )
-        return f"{self.narrowing} casts to {self.precision}, {self.widening} back, {inner}"
+        return f"casts: {self.narrowing} to {self.precision}, {self.widening} back, {inner}"
 
 
 def check_casts(path: Path, precision: str) -> CastReport:

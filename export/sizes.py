@@ -67,9 +67,9 @@ def parse_sizes(text: str) -> tuple[SizeRange, ...]:
 
 
 def default_sizes(native_px: int, step_px: int) -> tuple[SizeRange, ...]:
-    """Return the range around a model's native size that serves all its usual aspect ratios."""
+    """Return the range around a model's native size that serves every named aspect ratio."""
     low = max(MIN_PX, native_px // 2 // step_px * step_px)
-    high = -(-native_px * 3 // 2 // step_px) * step_px
+    high = native_px * 25 // 16 // step_px * step_px  # 21:9 is 1.53 native sides long
     return (SizeRange(min_width=low, max_width=high, min_height=low, max_height=high),)
 
 

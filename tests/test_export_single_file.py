@@ -50,7 +50,7 @@ def test_converted_folder_has_the_weights_of_the_file(
     pipeline: Path, checkpoint: Path, configs: Path, tmp_path: Path
 ) -> None:
     beside = tmp_path / "repository"
-    with converted_folder(checkpoint, configs, Precision.FP32, beside) as folder:
+    with converted_folder(checkpoint, configs, Precision.FP32, Precision.FP32, beside) as folder:
         assert layout_of(folder) is SD15_LAYOUT
         for part in SD15_LAYOUT.components:
             expected = load_component(pipeline, SD15_LAYOUT, part, torch.float32).state_dict()

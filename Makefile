@@ -23,8 +23,18 @@ serve: setup  ## export the demo model and serve it on ports 8000 to 8002
 	$(BIN)/python -m demo.run --export-only
 	$(BIN)/python -m closeup.server --lora-dir demo/weights/loras
 
-test: setup  ## every test, no network and no GPU
+$(VENV)/.engines: $(VENV)/.stamp
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[tensorrt-rtx]'
+	touch $@
+
+test: setup $(VENV)/.engines  ## every test, no network and no GPU; compiles engines with TensorRT-RTX
 	$(BIN)/pytest -n 2 --dist loadfile
+
+engines: setup $(VENV)/.engines  ## export the demo model as TensorRT-RTX plans into out/engines
+	$(BIN)/python -m export --model demo/weights/sd --name demo --target tensorrt-rtx \
+	    --precision fp16 --sizes 256x384 --max-batch 4 --repository out/engines \
+	    --upscaler demo/weights/upscaler.safetensors \
+	    --face-detector demo/weights/face_detector.safetensors
 
 lint: setup  ## ruff and mypy --strict, tests included
 	$(BIN)/ruff check .
@@ -35,6 +45,13 @@ lint: setup  ## ruff and mypy --strict, tests included
 bench: setup  ## compare with diffusers in PyTorch; prints a table and writes benchmarks/results/
 	$(BIN)/python -m benchmarks
 
+gpu-check: setup  ## compare every kind of engine on the GPU with the CPU, then a short bench-gpu
+	$(BIN)/python -m benchmarks.gpu_check
+	$(BIN)/python -m benchmarks.gpu --quick --out out/bench
+
+bench-gpu: setup  ## time the families' real sizes on the GPU; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.gpu
+
 demo-train: setup  ## train the demo model; resumable, hours on two cores
 	nice -n 19 $(BIN)/python -m demo.train
 
@@ -42,4 +59,4 @@ tables: setup  ## rewrite the tables and files that are made from the code
 	$(BIN)/python -m export.tables
 	$(BIN)/python client/generate_fields.py
 
-.PHONY: help setup run serve test lint bench demo-train tables
+.PHONY: help setup run serve test engines lint bench gpu-check bench-gpu demo-train tables

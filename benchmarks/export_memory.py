@@ -169,8 +169,8 @@ def _peak_bytes() -> int:
 def _part(folder: Path) -> Any:
     import torch
 
-    from export.options import Precision
-    from export.parts import DENOISER, Part
+    from export.parts import Part
+    from export.precisions import DENOISER, Precision
 
     torch.set_num_threads(2)
     return Part(

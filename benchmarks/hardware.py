@@ -23,9 +23,16 @@ def describe_machine() -> dict[str, str]:
         "load at the start": f"{os.getloadavg()[0]:.1f}",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     }
-    for package in PACKAGES:
-        facts[package] = importlib.metadata.version(package)
+    facts |= {package: package_version(package) for package in PACKAGES}
     return facts
+
+
+def package_version(package: str) -> str:
+    """Return an installed package's version, or ``not installed``."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def processor_name(cpuinfo: str) -> str:

@@ -11,7 +11,12 @@ from closeup.manifest import TextEncoder
 from closeup.run import Array, Floats, Run, checked_floats, text_tensor
 from closeup.segments import ENCODE
 from closeup.tokens import PromptTokenizer
-from closeup.weighted_prompt import apply_weights, encode_weighted, parse_weights
+from closeup.weighted_prompt import (
+    WeightedTokens,
+    apply_weights,
+    encode_weighted,
+    parse_weights,
+)
 
 NEGATIVE, FACE = "negative_prompt", "face_prompt"
 
@@ -126,7 +131,7 @@ async def _encode(
     Long texts are cut, with a warning; a face prompt keeps the model's suffix.
     """
     if run.request.use_lpw:
-        return await _encode_weighted(run, encoder, tokenizer, list(texts.values()))
+        return await _encode_weighted(run, encoder, tokenizer, texts)
     suffix = run.request.model.face_prompt_suffix
     encoded = {
         field: tokenizer.encode(
@@ -144,10 +149,25 @@ async def _encode(
 
 
 async def _encode_weighted(
-    run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: list[str]
+    run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: Mapping[str, str]
 ) -> dict[str, Floats]:
-    """The same for weighted prompts: chunks side by side along L, all texts of equal length."""
-    prompts = [encode_weighted(tokenizer, encoder.tokenizer, parse_weights(text)) for text in texts]
+    """The same for weighted prompts: chunks side by side along L, all texts of equal length.
+
+    TensorRT plans take a number of chunks at most; what is longer is cut, with a warning.
+    """
+    limits = run.request.model.limits
+    prompts = []
+    for field, text in texts.items():
+        prompt = encode_weighted(tokenizer, encoder.tokenizer, parse_weights(text))
+        if limits is not None and len(prompt.ids) > limits.max_chunks:
+            most = limits.max_chunks
+            prompt = WeightedTokens(ids=prompt.ids[:most], weights=prompt.weights[:most])
+            if _is_worth_telling(run, field):
+                run.warn(
+                    f"{field} is longer than {most} chunks of {tokenizer.room} tokens, which the "
+                    f"engines of {run.request.model.name} take; its end was cut."
+                )
+        prompts.append(prompt)
     chunks = max(len(prompt.ids) for prompt in prompts)
     empty = encode_weighted(tokenizer, encoder.tokenizer, [])
     ids = [

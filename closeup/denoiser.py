@@ -25,6 +25,7 @@ from closeup.lora_keys import DENOISER
 from closeup.lora_read import layouts_from_manifest
 from closeup.lora_store import LoraStore, StoreCounters
 from closeup.manifest import MANIFEST_NAME, ModelManifest, read_manifest
+from closeup.plans import engine_path
 from closeup.run import Array
 from closeup.segments import ACQUIRE, ENCODE, LORAS, PLAIN_NAME, RELEASE, SEGMENT
 from closeup.settings import Settings
@@ -53,15 +54,16 @@ class Denoiser:
 
     Args:
         folder: the model's folder in the repository (manifest.json, <version>/model.onnx and,
-            for each text encoder with LoRA inputs, <version>/<encoder>.onnx).
+            for each text encoder with LoRA inputs, <version>/<encoder>.onnx); a .plan of the same
+            name goes before each.
         version: name of the version folder.
         settings: server options.
     """
 
     def __init__(self, folder: Path, *, version: str = "1", settings: Settings) -> None:
         self.manifest = manifest = read_manifest(folder / MANIFEST_NAME)
-        self._engine = open_engine(folder / version / "model.onnx", options=EngineOptions())
-        plain = folder / version / PLAIN_NAME
+        self._engine = open_engine(engine_path(folder / version), options=EngineOptions())
+        plain = engine_path(folder / version, Path(PLAIN_NAME).stem)
         self._plain = open_engine(plain, options=EngineOptions()) if plain.exists() else None
         self._encoders = LoraEncoders(manifest.encoders, folder / version)
         self._limit_s = settings.request_timeout_s + LEASE_MARGIN_S
@@ -215,6 +217,8 @@ class Denoiser:
         }
         if not layouts:
             return None
+        if self.manifest.limits is not None:
+            rows = min(rows, self.manifest.limits.lora_rows)
         dtypes = self._encoders.lora_dtypes()
         if DENOISER in layouts:
             dtypes[DENOISER] = lora_dtype(self._engine)

@@ -17,6 +17,7 @@ import triton_python_backend_utils as pb_utils
 
 from closeup.denoiser import LEASE_MARGIN_S, Answer, Denoiser
 from closeup.denoiser_metrics import METRICS, metric_values
+from closeup.run import Array
 from closeup.settings import read_settings
 from closeup.triton_glue import Reply, Watchdog, configure_logging, request_inputs
 
@@ -42,7 +43,7 @@ class TritonPythonModel:
         for request in requests:
             reply = self._watchdog.guard(Reply(request, self._limit_s))
             try:
-                future = self._denoiser.start(request_inputs(request))
+                future = self._denoiser.start(_frozen(request_inputs(request)))
             except BaseException as error:
                 reply.fail(error)
             else:
@@ -60,6 +61,13 @@ class TritonPythonModel:
         else:
             reply.finish(done.result())
         self._metrics.publish()
+
+
+def _frozen(inputs: dict[str, Array]) -> dict[str, Array]:
+    """Make the copies of a request's inputs read-only: engines on a GPU then take each once."""
+    for array in inputs.values():
+        array.setflags(write=False)
+    return inputs
 
 
 class _Metrics:

@@ -1,7 +1,8 @@
 """Open a compiled network and run it: one small interface over ONNX Runtime and TensorRT.
 
-The file's suffix chooses the runtime. ``.onnx`` opens in ONNX Runtime: on CUDA where the installed
-build has that provider and a device, else on the CPU.
+The file's suffix chooses the runtime. ``.onnx`` opens in ONNX Runtime (`closeup.onnx_engine`): on
+CUDA where the installed build has that provider and a device, else on the CPU. ``.plan`` opens in
+the TensorRT that built it (`closeup.plan_engine`). Neither is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -16,30 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from closeup.errors import ModelError
-from closeup.heap import trim_heap
 
 Array: TypeAlias = npt.NDArray[Any]
 
 THREADS_VARIABLE = "CLOSEUP_THREADS"
-
-# ONNX Runtime's names of element types -> numpy.
-_ONNX_DTYPES: dict[str, np.dtype[Any]] = {
-    f"tensor({name})": np.dtype(dtype)
-    for name, dtype in (
-        ("float", np.float32),
-        ("float16", np.float16),
-        ("double", np.float64),
-        ("int8", np.int8),
-        ("int16", np.int16),
-        ("int32", np.int32),
-        ("int64", np.int64),
-        ("uint8", np.uint8),
-        ("uint16", np.uint16),
-        ("uint32", np.uint32),
-        ("uint64", np.uint64),
-        ("bool", np.bool_),
-    )
-}
+DEVICE_VARIABLE = "CLOSEUP_DEVICE"
+DEVICES = ("auto", "cpu", "cuda")
+GRAPHS_VARIABLE = "CLOSEUP_CUDA_GRAPHS"
+DEFAULT_CUDA_GRAPHS = 8
 
 
 def count_threads() -> int:
@@ -57,6 +42,38 @@ def count_threads() -> int:
             "of one engine call."
         )
     return int(text)
+
+
+def count_cuda_graphs() -> int:
+    """Shapes whose CUDA graph an engine keeps: ``CLOSEUP_CUDA_GRAPHS``, else 8.
+
+    Raises:
+        ModelError: ``CLOSEUP_CUDA_GRAPHS`` is no integer from 0 on.
+    """
+    text = os.environ.get(GRAPHS_VARIABLE, "")
+    if not text:
+        return DEFAULT_CUDA_GRAPHS
+    if not text.isdecimal():
+        raise ModelError(
+            f"{GRAPHS_VARIABLE} is {text!r}; expected an integer from 0 on, the number of input "
+            "shapes for which a TensorRT engine keeps a CUDA graph."
+        )
+    return int(text)
+
+
+def wanted_device() -> str:
+    """Where ONNX graphs run: ``CLOSEUP_DEVICE``, else ``auto``, a GPU where there is one.
+
+    Returns:
+        ``auto``, ``cpu``, or ``cuda``: the CPU is then an error.
+
+    Raises:
+        ModelError: ``CLOSEUP_DEVICE`` is something else.
+    """
+    device = os.environ.get(DEVICE_VARIABLE) or "auto"
+    if device not in DEVICES:
+        raise ModelError(f"{DEVICE_VARIABLE} is {device!r}; expected one of {', '.join(DEVICES)}.")
+    return device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,34 +107,43 @@ class EngineOptions:
             engine alone on its cores, slower as soon as several processes share them.
         graph_optimization: ONNX Runtime's level: ``disabled``, ``basic``, ``extended`` or ``all``.
         optimized_model_path: where ONNX Runtime writes the graph it made; None writes nothing.
-        use_cuda: take the CUDA provider where it is present.
+        use_cuda: take the CUDA provider where it is present; by default unless `wanted_device`
+            is ``cpu``.
         device_id: which CUDA device.
         keep_memory: keep the memory of one call for the next. False hands it back after every
             call, a smaller process for engines that run seldom and need much: 12 convolutions at
             512x512 peaked at 298 MB instead of 486 and kept 43 instead of 294.
+        cuda_graphs: of a plan: combinations of input shapes whose execution context and CUDA
+            graph are kept, the least recently used go first; 0 uses no graphs. By default
+            :func:`count_cuda_graphs`.
     """
 
     threads: int = field(default_factory=count_threads)
     spinning: bool = False
     graph_optimization: str = "all"
     optimized_model_path: Path | None = None
-    use_cuda: bool = True
+    use_cuda: bool = field(default_factory=lambda: wanted_device() != "cpu")
     device_id: int = 0
     keep_memory: bool = True
+    cuda_graphs: int = field(default_factory=count_cuda_graphs)
 
 
-class Engine(Protocol):
-    """A network that is loaded and ready to run; ``run`` may be called from several threads."""
+class Described(Protocol):
+    """A network whose tensors are known."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` must be fed, in the graph's order."""
+        """What it is fed, in the graph's order."""
         ...
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` returns, in the graph's order."""
+        """What it answers, in the graph's order."""
         ...
+
+
+class Engine(Described, Protocol):
+    """A network that is loaded and ready to run; ``run`` may be called from several threads."""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once.
@@ -143,20 +169,24 @@ def open_engine(path: Path, *, options: EngineOptions | None = None) -> Engine:
     """Open the engine in ``path``.
 
     Args:
-        path: a ``.onnx`` file (its external data beside it).
+        path: a ``.onnx`` file (its external data beside it) or a ``.plan`` (its record beside it).
         options: None stands for ``EngineOptions()``.
 
     Raises:
-        ModelError: no such file, a file that the runtime refuses, or a kind of engine that this
-            version does not open.
+        ModelError: no such file, a file that the runtime refuses, a missing runtime, a plan for
+            another GPU or TensorRT, or no engine.
     """
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"There is no engine at {path}; run `python -m export` to write it.")
     if path.suffix == ".onnx":
+        from closeup.onnx_engine import OnnxEngine
+
         return OnnxEngine(path, options or EngineOptions())
     if path.suffix == ".plan":
-        raise ModelError(f"{path.name} is a TensorRT plan, which this version cannot open.")
+        from closeup.plan_engine import PlanEngine
+
+        return PlanEngine(path, options or EngineOptions())
     raise ModelError(f"{path.name} is no engine; expected a name that ends in .onnx or .plan.")
 
 
@@ -192,129 +222,7 @@ def _fits(shape: tuple[int, ...], expected: tuple[int | str, ...]) -> bool:
     )
 
 
-class OnnxEngine:
-    """An ONNX graph in ONNX Runtime (an :class:`Engine`)."""
-
-    def __init__(self, path: Path, options: EngineOptions) -> None:
-        self._name = _name_from_path(path)
-        self._session: Any = _session_from_onnx(path, options)
-        self._run_options = _make_run_options(options, self._session.get_providers())
-        self._inputs = tuple(_spec_from_node(self._name, n) for n in self._session.get_inputs())
-        self._outputs = tuple(_spec_from_node(self._name, n) for n in self._session.get_outputs())
-        self._output_names = [spec.name for spec in self._outputs]
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` must be fed, in the graph's order."""
-        return self._inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What ``run`` returns, in the graph's order."""
-        return self._outputs
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once; see :meth:`Engine.run`."""
-        session = self._session
-        if session is None:
-            raise ModelError(f"{self._name}: the engine is closed.")
-        check_feeds(self._name, self._inputs, feeds)
-        try:
-            values = session.run(self._output_names, dict(feeds), self._run_options)
-        except Exception as error:  # ONNX Runtime's classes have no common base but this
-            shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
-            raise ModelError(f"{self._name}: the run failed on {shapes}: {_tell(error)}") from error
-        return dict(zip(self._output_names, values, strict=True))
-
-    def close(self) -> None:
-        """Free the session; see :meth:`Engine.close`."""
-        self._session = None
-
-
-def _name_from_path(path: Path) -> str:
+def name_from_path(path: Path) -> str:
     """``vae_decoder`` of ``vae_decoder/1/model.onnx``, else the file's own name."""
     version = path.parent
     return version.parent.name if version.name.isdecimal() and version.parent.name else path.stem
-
-
-def _session_from_onnx(path: Path, options: EngineOptions) -> Any:
-    """An InferenceSession of ``path``; imported here so that importing this module stays light."""
-    import onnxruntime as ort
-
-    ort.set_default_logger_severity(3)  # errors only: warnings name nodes, not what to do
-    available = ort.get_available_providers()
-    providers: list[str | tuple[str, dict[str, int]]] = ["CPUExecutionProvider"]
-    if options.use_cuda and "CUDAExecutionProvider" in available:
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": options.device_id}))
-    try:
-        session = ort.InferenceSession(
-            str(path), sess_options=_make_session_options(options), providers=providers
-        )
-    except Exception as error:  # ONNX Runtime's classes have no common base but this
-        text = _tell(error)
-        if "external" in text.lower():
-            raise ModelError(
-                f"{path} keeps its weights in a file beside it that cannot be read: {text}"
-            ) from error
-        raise ModelError(f"ONNX Runtime cannot open {path}: {text}") from error
-    trim_heap()
-    return session
-
-
-def _make_session_options(options: EngineOptions) -> Any:
-    import onnxruntime as ort
-
-    levels = {
-        "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-        "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    }
-    if options.graph_optimization not in levels:
-        raise ModelError(
-            f"graph_optimization is {options.graph_optimization!r}; expected one of {list(levels)}."
-        )
-    session_options = ort.SessionOptions()
-    session_options.log_severity_level = 3
-    session_options.intra_op_num_threads = options.threads
-    session_options.inter_op_num_threads = 1
-    # Plans of one shape's memory; with shapes that vary they only enlarge the arena.
-    session_options.enable_mem_pattern = False
-    session_options.graph_optimization_level = levels[options.graph_optimization]
-    spinning = "1" if options.spinning else "0"
-    session_options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
-    session_options.add_session_config_entry("session.inter_op.allow_spinning", spinning)
-    if options.optimized_model_path is not None:
-        session_options.optimized_model_filepath = str(options.optimized_model_path)
-    return session_options
-
-
-def _make_run_options(options: EngineOptions, providers: Sequence[str]) -> Any:
-    import onnxruntime as ort
-
-    run_options = ort.RunOptions()
-    run_options.log_severity_level = 3
-    if not options.keep_memory:
-        arenas = "cpu:0"
-        if "CUDAExecutionProvider" in providers:  # naming an arena that is not there fails the run
-            arenas += f";gpu:{options.device_id}"
-        run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arenas)
-    return run_options
-
-
-def _spec_from_node(model: str, node: Any) -> TensorSpec:
-    dtype = _ONNX_DTYPES.get(node.type)
-    if dtype is None:
-        raise ModelError(
-            f"{model}: tensor {node.name} is {node.type}; expected one of {list(_ONNX_DTYPES)}."
-        )
-    shape = tuple(axis if isinstance(axis, int) else (axis or "") for axis in node.shape)
-    return TensorSpec(name=node.name, dtype=dtype, shape=shape)
-
-
-def _tell(error: Exception) -> str:
-    """The one line of an ONNX Runtime error that says something, cut to 400 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    text = text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
-    return text if len(text) <= 400 else text[:397] + "..."

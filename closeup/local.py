@@ -12,6 +12,7 @@ from closeup.denoiser import Denoiser
 from closeup.engines import Engine, EngineOptions, open_engine
 from closeup.graph import Outcome, generate
 from closeup.lora_store import LoraStore
+from closeup.plans import engine_path
 from closeup.repository import Repository
 from closeup.request import Limits, Request, Served, parse_options, resolve_request
 from closeup.run import Array, Progress, Run
@@ -125,6 +126,6 @@ class LocalModels:
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
-            path = self._folder / name / "1" / "model.onnx"
+            path = engine_path(self._folder / name / "1")
             self._engines[name] = open_engine(path, options=EngineOptions())
         return self._engines[name]

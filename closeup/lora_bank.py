@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from closeup.array_content import declare_versions
 from closeup.errors import UnavailableError
 from closeup.lora import LoraWeights, balanced_rows, combine_loras
 from closeup.lora_keys import DENOISER
@@ -117,11 +118,15 @@ class LoraBank:
         self._layouts = dict(layouts)
         self._zeros: dict[str, Array] = {}
         self._arrays: dict[str, Array] = {}
+        self._versions: dict[str, list[int]] = {}  # of the arrays' rows: how often written
         for network, layout in layouts.items():
             dtype = np.dtype((dtypes or {}).get(network, np.float32))
             self._zeros[network] = np.zeros((1, layout.rows, 1), dtype)
+            self._zeros[network].setflags(write=False)
             shape = rows + 1, layout.rows, self._width(network, 1)
             self._arrays[network] = np.zeros(shape, dtype)
+            self._versions[network] = [0] * (rows + 1)
+            declare_versions(self._arrays[network], self._versions[network])
         self._rows = rows
         self._free = list(range(rows, 0, -1))
         self._by_key: OrderedDict[_Key, _Row] = OrderedDict()  # least recently used first
@@ -266,6 +271,8 @@ class LoraBank:
                 target = self._arrays[network][row.row]
                 target[:, :rank] = values[network]
                 target[:, rank:] = 0
+                self._versions[network][row.row] += 1
+                declare_versions(self._arrays[network], self._versions[network])
 
     def _fit_width(self, network: str) -> None:
         """Make an array as wide as the widest resident adapter, or up to twice that."""
@@ -280,6 +287,7 @@ class LoraBank:
         for row, rank in ranks.items():
             kept = min(rank, old.shape[2])
             new[row, :, :kept] = old[row, :, :kept]
+        declare_versions(new, self._versions[network])
         self._arrays[network] = new  # readers have the old array or the new one, both whole
 
     def _width(self, network: str, rank: int) -> int:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from closeup.engines import Engine, EngineOptions, open_engine
 from closeup.errors import ModelError, UnavailableError
 from closeup.manifest import TextEncoder
+from closeup.plans import engine_path
 
 Array = npt.NDArray[Any]
 BankArray = Callable[[Sequence[int], str], Array]
@@ -27,7 +28,7 @@ class LoraEncoders:
 
     Args:
         encoders: of the manifest; those without a LoRA layout are left out.
-        folder: with ``<name>.onnx`` of each.
+        folder: with ``<name>.plan`` or ``<name>.onnx`` of each.
 
     Raises:
         ModelError: a file is missing or unusable, or an engine lacks an input.
@@ -39,7 +40,7 @@ class LoraEncoders:
         self.engine_s = 0.0  # seconds inside the engines, written by the worker only
         try:
             for name in self._encoders:
-                engine = open_engine(folder / f"{name}.onnx", options=EngineOptions())
+                engine = open_engine(engine_path(folder, name), options=EngineOptions())
                 self._engines[name] = engine
                 _check_specs(name, engine)
         except BaseException:

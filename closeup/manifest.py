@@ -100,9 +100,9 @@ class Component:
 
     Attributes:
         model: name of its folder in the repository.
-        sha256: of the ONNX file.
+        sha256: of the ONNX file and its external data.
         bytes: of the ONNX file and its external data.
-        precision: of the weights, ``fp32`` or ``fp16``.
+        precision: of the weights, ``fp32``, ``fp16`` or ``bf16``.
         max_abs_error: largest absolute difference from PyTorch over all checks.
         max_rel_error: largest ``|out - ref| / |ref|`` (2-norms) over all checks.
         checks: the input shapes compared, in words.
@@ -129,6 +129,47 @@ class Defaults:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SizeRange:
+    """Picture sizes that an engine takes, px, limits included."""
+
+    min_width: int
+    max_width: int
+    min_height: int
+    max_height: int
+
+    def takes(self, width: int, height: int) -> bool:
+        """Whether a picture of this size is among them."""
+        return (
+            self.min_width <= width <= self.max_width
+            and self.min_height <= height <= self.max_height
+        )
+
+    def __str__(self) -> str:
+        low = f"{self.min_width}x{self.min_height}"
+        high = f"{self.max_width}x{self.max_height}"
+        return low if low == high else f"{low} to {high}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineLimits:
+    """What the TensorRT plans of a pipeline were built for; graphs take any shape.
+
+    Attributes:
+        sizes: the picture sizes.
+        max_chunks: the longest weighted prompt, in chunks of what a text encoder reads.
+        lora_rows: LoRA combinations resident at once, the zero row not counted.
+    """
+
+    sizes: tuple[SizeRange, ...]
+    max_chunks: int
+    lora_rows: int
+
+    def takes(self, width: int, height: int) -> bool:
+        """Whether a picture of this size can be painted."""
+        return any(size.takes(width, height) for size in self.sizes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelManifest:
     """A served pipeline.
 
@@ -151,6 +192,7 @@ class ModelManifest:
         face_prompt_suffix: added to the prompt in the face pass.
         face_crop_factor: side of the face crop over the face box.
         components: the exported graphs.
+        limits: of the plans; None when the graphs themselves are served.
     """
 
     name: str
@@ -170,6 +212,7 @@ class ModelManifest:
     face_prompt_suffix: str = ""
     face_crop_factor: float = 2.0
     components: tuple[Component, ...] = ()
+    limits: EngineLimits | None = None
     format: int = MANIFEST_FORMAT
 
     @property
@@ -243,11 +286,13 @@ def read_manifest(path: Path) -> ModelManifest:
     data = _read_json(path)
     try:
         lora = data.pop("lora")
+        limits = data.pop("limits", None)
         return ModelManifest(
             encoders=tuple(_encoder(entry) for entry in data.pop("encoders")),
             lora=None if lora is None else _lora_layout(lora),
             defaults=Defaults(**data.pop("defaults")),
             components=tuple(_component(entry) for entry in data.pop("components")),
+            limits=None if limits is None else _limits(limits),
             **data,
         )
     except (KeyError, TypeError) as error:
@@ -311,6 +356,12 @@ def _lora_layout(data: Mapping[str, Any]) -> LoraLayout:
     return LoraLayout(
         max_rank=data["max_rank"], layers=tuple(LoraLayer(**entry) for entry in data["layers"])
     )
+
+
+def _limits(data: Mapping[str, Any]) -> EngineLimits:
+    fields = dict(data)
+    sizes = tuple(SizeRange(**entry) for entry in fields.pop("sizes"))
+    return EngineLimits(sizes=sizes, **fields)
 
 
 def _component(data: Mapping[str, Any]) -> Component:

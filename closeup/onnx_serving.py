@@ -1,7 +1,7 @@
-"""The Python-based ``onnxruntime`` backend without Triton: complete a config, run a batch.
+"""The Python-based backends without Triton: complete a config, run a batch.
 
-NVIDIA's container serves the same repository with its native backend of that name; what is
-completed here follows its rules.
+NVIDIA's container serves the same repository with its native backends `onnxruntime` and
+`tensorrt`; what is completed here follows the rules of the first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from closeup.engines import Array, Engine, EngineOptions, TensorSpec, count_threads
+from closeup.engines import Array, Described, Engine, EngineOptions, TensorSpec, count_threads
 from closeup.errors import ModelError
 
 MODEL_FILE = "model.onnx"
@@ -25,6 +25,7 @@ _TRITON_TYPES = {
     "float32": "TYPE_FP32",
     "float64": "TYPE_FP64",
     "bool": "TYPE_BOOL",
+    "bfloat16": "TYPE_BF16",
 }
 
 
@@ -108,7 +109,7 @@ def is_complete(config: Mapping[str, Any]) -> bool:
     )
 
 
-def complete_config(config: Mapping[str, Any], engine: Engine) -> Completion:
+def complete_config(config: Mapping[str, Any], engine: Described) -> Completion:
     """Work out what the config leaves out.
 
     A batch axis is taken when every tensor's first axis is dynamic and the tensors that the
@@ -159,7 +160,7 @@ def needs_dynamic_batching(config: Mapping[str, Any], max_batch_size: int) -> bo
     return max_batch_size > 1 and not chosen
 
 
-def check_config(config: Mapping[str, Any], engine: Engine) -> None:
+def check_config(config: Mapping[str, Any], engine: Described) -> None:
     """Compare a completed config with the graph.
 
     Raises:

@@ -27,6 +27,7 @@ from closeup.request_rules import (
     Limits,
     Mode,
     Served,
+    check_engine_sizes,
     check_served,
     check_together,
     find_mode,
@@ -208,6 +209,7 @@ def _canvas(
                 f"{limits.max_pixels} pixels; ask for a smaller picture."
             }
         )
+    check_engine_sizes(options, mode, model, width=width, height=height)
     if image is not None and image.shape[:2] != (height, width):
         image = _resized(image, (height, width))
         mask = None if mask is None else _resized(mask, (height, width))

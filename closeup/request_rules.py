@@ -10,6 +10,7 @@ from closeup.families import Family
 from closeup.manifest import ModelManifest
 from closeup.options import Options, Problems, shown
 from closeup.prompt import ParsedPrompt, parse_prompt
+from closeup.upscale import sr_factor
 from closeup.weighted_prompt import parse_weights
 
 IMAGE_FIELDS = ("only_upscale", "mask_image", "denoising_strength")
@@ -149,6 +150,44 @@ def check_served(
     problems.raise_if_any()
     for name in ("prompt", "negative_prompt", "face_prompt") * bool(options.get("use_lpw")):
         parse_weights(str(options.get(name, "")), field_name=name)
+
+
+def check_engine_sizes(
+    options: Options, mode: Mode, model: ModelManifest, *, width: int, height: int
+) -> None:
+    """Refuse picture sizes that the model's TensorRT plans were not built for.
+
+    Args:
+        options: of the request.
+        mode: of the request; only_upscale paints nothing of this size.
+        model: whose limits count; a model served as graphs has none.
+        width: of the picture to paint, px.
+        height: see width.
+
+    Raises:
+        RequestError: the picture, or with `hires_fix` the enlarged one, is of another size.
+    """
+    limits = model.limits
+    if limits is None:
+        return
+    problems = Problems()
+    known = ", ".join(str(size) for size in limits.sizes)
+    if mode is not Mode.UPSCALE and not limits.takes(width, height):
+        problems.add(
+            "w",
+            f"the picture would be {width}x{height}; the engines of {model.name} were built for "
+            f"{known}: ask for one of these sizes (w, h).",
+        )
+    if options.get("hires_fix"):
+        step, factor = model.facts.size_step_px, sr_factor(height, width)
+        across, down = (-(-side * factor // step) * step for side in (width, height))
+        if not limits.takes(across, down):
+            problems.add(
+                "hires_fix",
+                f"would repaint {across}x{down}; the engines of {model.name} were built for "
+                f"{known}: leave it out or ask for a smaller picture.",
+            )
+    problems.raise_if_any()
 
 
 def _check_family(options: Options, facts: Family, problems: Problems) -> None:

@@ -27,16 +27,20 @@ def export_demo(repository: Path = REPOSITORY) -> None:
     Raises:
         SystemExit: the export failed and said why.
     """
-    command = [
+    done = subprocess.run(export_command(repository), cwd=ROOT, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def export_command(repository: Path) -> list[str]:
+    """Return the export's command line for the demo model."""
+    return [
         sys.executable, "-m", "export",
         "--model", str(WEIGHTS / "sd"), "--name", "demo", "--target", "onnx",
         "--repository", str(repository),
         "--upscaler", str(WEIGHTS / "upscaler.safetensors"),
         "--face-detector", str(WEIGHTS / "face_detector.safetensors"),
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
 
 
 def client_command(url: str, out: Path) -> list[str]:

@@ -9,25 +9,35 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from closeup.errors import ExportError
+from closeup.errors import CloseupError
 from closeup.manifest import Defaults
 from export.options import (
     ExportOptions,
     ModelFacts,
-    Precision,
     check_options,
     file_fingerprint,
     is_single_file,
     pipeline_fingerprint,
     read_folder_facts,
     resolve_folder,
+    upscaler_fingerprint,
 )
-from export.repository import is_unchanged
+from export.plan_options import add_plan_arguments, plan_options
+from export.precisions import UPSCALER, Precision, Target, parse_component_precisions
+from export.repository import has_plans, is_unchanged
+
+if TYPE_CHECKING:
+    from export.engines import PlanWriter
 
 
 def parse_options(arguments: Sequence[str]) -> ExportOptions:
-    """Read the command line."""
+    """Read the command line.
+
+    Raises:
+        ExportError: a value that argparse cannot tell to be wrong.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m export", description="Export a diffusers pipeline for serving."
     )
@@ -37,15 +47,22 @@ def parse_options(arguments: Sequence[str]) -> ExportOptions:
     add("--config", type=Path, help="folder with the configs of a one-file checkpoint; for FLUX.1 "
         "with its other components; default: from the hub")  # fmt: skip
     add("--name", required=True, help="what requests call it")
-    add("--target", choices=["onnx"], default="onnx", help="what to write")
+    add("--target", type=Target, choices=list(Target), default=Target.ONNX, help="what is "
+        "served: the graphs, or plans built from them by TensorRT (on the GPU they are for) or "
+        "TensorRT-RTX (needs no GPU)")  # fmt: skip
     add("--repository", type=Path, default=Path("model_repository"))
     add("--lora-rank", type=int, default=32, help="largest LoRA rank; 0: no LoRA inputs")
-    add("--precision", type=Precision, choices=list(Precision), default=Precision.FP32)
+    add("--precision", type=Precision, choices=list(Precision), default=Precision.FP32,
+        help="of the denoiser and the text encoders; in plans of the upscaler too, and the VAE is "
+        "bf16 unless this is fp32")  # fmt: skip
+    add("--component-precision", nargs="+", default=[], metavar="COMPONENT=PRECISION",
+        help="of single components, e.g. vae=fp32 text_encoder=fp32")  # fmt: skip
     add("--max-batch", type=int, default=8, help="sequences in an engine call")
     add("--max-tokens", type=int, default=512, help="prompt length of FLUX.1's T5")
     add("--upscaler", type=Path, help="weights (.safetensors) of the repository's upscaler")
     add("--face-detector", type=Path, help="YuNet-style detector, .safetensors or .onnx")
     add("--force", action="store_true", help="export even when nothing changed")
+    add_plan_arguments(parser)
     facts = parser.add_argument_group("per-model defaults; they win over the folder's closeup.json")
     facts.add_argument("--native-px", type=int)
     facts.add_argument("--steps", type=int)
@@ -62,6 +79,9 @@ def parse_options(arguments: Sequence[str]) -> ExportOptions:
         repository=given.repository,
         lora_rank=given.lora_rank,
         precision=given.precision,
+        component_precision=parse_component_precisions(given.component_precision),
+        target=given.target,
+        plans=plan_options(given, arguments),
         max_batch=given.max_batch,
         max_tokens=given.max_tokens,
         config=given.config,
@@ -94,32 +114,50 @@ def run_export(options: ExportOptions) -> None:
     folder = options.config if single else resolve_folder(options.model)
     facts = options.facts if folder is None else options.facts.over(read_folder_facts(folder))
     jobs = [(f"{options.name}_denoiser", pipeline_fingerprint(options, folder, facts))]
-    for model, path in (("upscaler", options.upscaler), ("face_detector", options.face_detector)):
-        if path is not None:
-            jobs.append((model, file_fingerprint(path)))
+    if options.upscaler is not None:
+        jobs.append(("upscaler", upscaler_fingerprint(options, options.upscaler)))
+    if options.face_detector is not None:
+        jobs.append(("face_detector", file_fingerprint(options, options.face_detector)))
+    plans = _open_plan_writer(options)
     for model, fingerprint in jobs:
         if not options.force and is_unchanged(options.repository, model, fingerprint):
-            print(f"{model}: unchanged")
+            if plans is None or has_plans(options.repository, model, plans.fingerprint):
+                print(f"{model}: unchanged")
+            else:
+                plans.rebuild(options.repository, model)
             continue
         # Imported late: an unchanged export must not wait for torch.
         from export import exporting
 
         if model == "upscaler":
             assert options.upscaler is not None
-            exporting.export_upscaler(options.upscaler, options.repository, fingerprint)
+            precision = options.precision_of(UPSCALER)
+            exporting.export_upscaler(
+                options.upscaler, options.repository, fingerprint, precision, plans
+            )
         elif model == "face_detector":
             assert options.face_detector is not None
-            exporting.export_face_detector(options.face_detector, options.repository, fingerprint)
+            exporting.export_face_detector(
+                options.face_detector, options.repository, fingerprint, plans
+            )
         elif single:
-            exporting.export_single_file(options, facts, fingerprint)
+            exporting.export_single_file(options, facts, fingerprint, plans)
         else:
             assert folder is not None
-            exporting.export_pipeline(options, folder, facts, fingerprint)
+            exporting.export_pipeline(options, folder, facts, fingerprint, plans)
+
+
+def _open_plan_writer(options: ExportOptions) -> PlanWriter | None:
+    """Imported late: an export of graphs that has nothing to do is over in a moment."""
+    if options.target is Target.ONNX:
+        return None
+    from export.engines import open_plan_writer
+
+    return open_plan_writer(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when all is well, 2 with one sentence when not."""
-    options = parse_options(sys.argv[1:] if arguments is None else arguments)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("export").addHandler(handler)
@@ -127,8 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     started = time.monotonic()
     try:
+        options = parse_options(sys.argv[1:] if arguments is None else arguments)
         run_export(options)
-    except ExportError as error:
+    except CloseupError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
     print(f"{options.name} is in {options.repository} ({time.monotonic() - started:.1f} s)")

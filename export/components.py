@@ -1,4 +1,4 @@
-"""The graphs around the denoiser: text encoder, VAE, upscaler, face detector."""
+"""The graphs around the denoiser: text encoder, upscaler, face detector."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from closeup.manifest import LoraLayer
-from export.graphs import BATCH, Graph, GraphTensor, Sizes, normal_inputs, uniform_inputs
+from export.graphs import BATCH, Graph, GraphTensor, Sizes, uniform_inputs
 from export.layouts import EncoderLayout
 from export.lora_layers import LoraBank, adapt_layers, bank_rows
 
@@ -64,40 +64,6 @@ class TextEncoder(nn.Module):
         return outputs
 
 
-class VaeEncoder(nn.Module):
-    """A picture to the moments of its latents; the sample is drawn outside, from the seed."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-        self.config = vae.config
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Map image (B, 3, H, W) float32 in [-1, 1] to moments (B, 2C, H/f, W/f), raw.
-
-        The first C channels are the mean, the rest the log-variance, both before scaling.
-        """
-        return {"moments": self.vae.encode(image).latent_dist.parameters}
-
-
-class VaeDecoder(nn.Module):
-    """The denoiser's latents to a picture."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-        self.config = vae.config
-        self.scaling_factor = float(vae.config.scaling_factor)
-        self.shift_factor = float(getattr(vae.config, "shift_factor", None) or 0.0)
-
-    def forward(self, latents: Tensor) -> dict[str, Tensor]:
-        """Map latents (B, C, h, w) float32, scaled, to image (B, 3, fh, fw) about in [-1, 1]."""
-        raw = latents / self.scaling_factor
-        if self.shift_factor:
-            raw = raw + self.shift_factor
-        return {"image": self.vae.decode(raw, return_dict=False)[0]}
-
-
 class Upscaler(nn.Module):
     """A super-resolution network with named tensors."""
 
@@ -106,8 +72,9 @@ class Upscaler(nn.Module):
         self.network = network
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Map image (B, 3, H, W) float32 RGB in [0, 1] to upscaled (B, 3, sH, sW)."""
-        return {"upscaled": self.network(image)}
+        """Map image (B, 3, H, W) float32 RGB in [0, 1] to upscaled (B, 3, sH, sW) float32."""
+        dtype = next(self.network.parameters()).dtype
+        return {"upscaled": self.network(image.to(dtype)).float()}
 
 
 def text_encoder_graph(
@@ -120,7 +87,7 @@ def text_encoder_graph(
         layout: which of a family's encoders it is.
         max_tokens: L.
         max_rank: the largest rank of the LoRA inputs; 0 leaves them out.
-        precision: fp32 or fp16.
+        precision: fp32, fp16 or bf16.
     """
     module = TextEncoder(encoder, layout, with_lora=max_rank > 0)
     config = encoder.config
@@ -181,49 +148,13 @@ def draw_prompts(
     return drawn
 
 
-def vae_factor(vae: Any) -> int:
-    """Picture pixels per latent pixel."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+def upscaler_graph(network: nn.Module, *, precision: str = "fp32") -> Graph:
+    """Describe a super-resolution network, (B, 3, H, W) in [0, 1] to (B, 3, sH, sW).
 
-
-def vae_encoder_graph(vae: Any) -> Graph:
-    """Describe the encoder of ``vae`` (AutoencoderKL, float32)."""
-    factor, channels = vae_factor(vae), vae.config.latent_channels
-    image = GraphTensor(name="image", axes=(BATCH, 3, "height", "width"))
-    axes = (BATCH, 2 * channels, "latent_height", "latent_width")
-    return Graph(
-        title="VAE encoder",
-        module=VaeEncoder(vae),
-        inputs=(image,),
-        outputs=(GraphTensor(name="moments", axes=axes),),
-        draw=uniform_inputs(-1, 1, image),
-        cases=tuple(
-            {BATCH: batch, "height": factor * height, "width": factor * width}
-            for batch, height, width in ((2, 4, 6), (1, 9, 5), (3, 7, 8))
-        ),
-    )
-
-
-def vae_decoder_graph(vae: Any) -> Graph:
-    """Describe the decoder of ``vae`` (AutoencoderKL, float32)."""
-    latents = GraphTensor(
-        name="latents", axes=(BATCH, vae.config.latent_channels, "latent_height", "latent_width")
-    )
-    return Graph(
-        title="VAE decoder",
-        module=VaeDecoder(vae),
-        inputs=(latents,),
-        outputs=(GraphTensor(name="image", axes=(BATCH, 3, "height", "width")),),
-        draw=normal_inputs(latents),
-        cases=tuple(
-            {BATCH: batch, "latent_height": height, "latent_width": width}
-            for batch, height, width in ((2, 4, 6), (1, 9, 5), (3, 7, 8))
-        ),
-    )
-
-
-def upscaler_graph(network: nn.Module) -> Graph:
-    """Describe a super-resolution network, (B, 3, H, W) in [0, 1] to (B, 3, sH, sW)."""
+    Args:
+        network: in the dtype of ``precision``.
+        precision: fp32, fp16 or bf16.
+    """
     image = GraphTensor(name="image", axes=(BATCH, 3, "height", "width"))
     axes = (BATCH, 3, "upscaled_height", "upscaled_width")
     return Graph(
@@ -237,6 +168,7 @@ def upscaler_graph(network: nn.Module) -> Graph:
             {BATCH: 1, "height": 40, "width": 56},
             {BATCH: 3, "height": 18, "width": 34},
         ),
+        precision=precision,
     )
 
 

@@ -12,6 +12,10 @@ MODEL_FILE = "model.onnx"
 # A delay is paid by every lone request. Without one, requests that arrive while a call runs still
 # share the next.
 QUEUE_DELAY_US = 0
+# Pictures in one VAE call: their activations, not the weights, are what fills the memory.
+VAE_PIXELS = 512 * 512
+UPSCALER_BATCH = 4
+DETECTOR_BATCH = 8
 # The native backend's own options, as strings. 0 intra-op threads: as many as there are cores,
 # or what the server's option says.
 ONNXRUNTIME_PARAMETERS: Mapping[str, str] = {
@@ -26,7 +30,7 @@ class TritonConfig:
 
     Attributes:
         name: the model's folder.
-        backend: ``onnxruntime`` or ``python``.
+        backend: ``onnxruntime``, ``tensorrt`` or ``python``.
         inputs: declarations without the batch dimension when ``max_batch_size`` is not 0.
         outputs: the same.
         max_batch_size: 0: the model sees tensors as they are.
@@ -36,6 +40,8 @@ class TritonConfig:
         kind: where they run; KIND_CPU keeps a Python model from holding a CUDA context.
         parameters: the backend's options.
         decoupled: a request may have any number of responses.
+        engine_file: the file in the version folder that is served; empty: the backend's default.
+        profiles: optimization profiles of a plan that calls may run in.
     """
 
     name: str
@@ -48,6 +54,18 @@ class TritonConfig:
     kind: str = "KIND_AUTO"
     parameters: Mapping[str, str] = field(default_factory=dict)
     decoupled: bool = False
+    engine_file: str = ""
+    profiles: int = 0
+
+
+def vae_batch(max_batch: int, native_px: int) -> int:
+    """Return how many pictures of the native size a VAE call holds."""
+    return max(1, min(max_batch, VAE_PIXELS // native_px**2))
+
+
+def encoder_batch(max_batch: int) -> int:
+    """Return how many prompts a text encoder's call holds; a request has three at most."""
+    return max(4, 2 * max_batch)
 
 
 def config_text(config: TritonConfig) -> str:
@@ -57,9 +75,14 @@ def config_text(config: TritonConfig) -> str:
         f"backend: {json.dumps(config.backend)}",
         f"max_batch_size: {config.max_batch_size}",
     ]
+    if config.engine_file:
+        lines.append(f"default_model_filename: {json.dumps(config.engine_file)}")
     lines += [_tensor("input", tensor) for tensor in config.inputs]
     lines += [_tensor("output", tensor) for tensor in config.outputs]
-    lines.append(f"instance_group {{ count: {config.instances} kind: {config.kind} }}")
+    # The native backend uses profile 0 alone unless it is told of the others.
+    profiles = "".join(f' profile: "{number}"' for number in range(config.profiles))
+    group = f"count: {config.instances} kind: {config.kind}{profiles}"
+    lines.append(f"instance_group {{ {group} }}")
     if config.decoupled:
         lines.append("model_transaction_policy { decoupled: true }")
     if config.queue_delay_us is not None:

@@ -185,7 +185,7 @@ def denoiser_graph(
         max_tokens: L of the context; engines take other lengths too.
         max_rank: the largest rank of the LoRA inputs; 0 leaves them out.
         max_batch: the most sequences in a call, checked as one of the cases.
-        precision: fp32 or fp16.
+        precision: fp32, fp16 or bf16.
 
     Raises:
         ExportError: the network has inputs that its family has not.

@@ -27,15 +27,33 @@ from export.components import (
     face_detector_tensors,
     upscaler_graph,
 )
-from export.config import ONNXRUNTIME_PARAMETERS, QUEUE_DELAY_US, TritonConfig
-from export.graphs import Graph, GraphTensor, export_graph, open_session
+from export.config import (
+    DETECTOR_BATCH,
+    ONNXRUNTIME_PARAMETERS,
+    QUEUE_DELAY_US,
+    UPSCALER_BATCH,
+    TritonConfig,
+    encoder_batch,
+    vae_batch,
+)
+from export.engines import PlanWriter
+from export.graphs import Graph, GraphTensor, export_graph, open_session, torch_dtype
 from export.layouts import INDEX_NAME, EncoderLayout, PipelineLayout, layout_of, read_json
 from export.options import ExportOptions, ModelFacts, hash_file
-from export.parts import DENOISER, VAE_DECODER, VAE_ENCODER, Part, WrittenPart, export_part
+from export.parts import Part, WrittenPart, export_part
 from export.pipelines import VAE, component_config, refuse_pickles
+from export.precisions import (
+    DENOISER,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Precision,
+)
 from export.repository import (
     DENOISER_MODEL,
     Staging,
+    Stamp,
     add_to_index,
     lock_repository,
     open_staging,
@@ -46,19 +64,26 @@ from export.upscalers import load_upscaler
 
 logger = logging.getLogger(__name__)
 
-UPSCALER_BATCH = 4
-DETECTOR_BATCH = 8
-# Pictures in one VAE call: their activations, not the weights, are what fills the memory.
-VAE_PIXELS = 512 * 512
 # A denoiser this small is exported without LoRA inputs as well, for calls that use none: its steps
 # are so short that unused LoRA operators cost a quarter of them. Weights are then there twice.
 PLAIN_BYTES = 256 << 20
 
 
 def export_pipeline(
-    options: ExportOptions, folder: Path, facts: ModelFacts, fingerprint: str
+    options: ExportOptions,
+    folder: Path,
+    facts: ModelFacts,
+    fingerprint: str,
+    plans: PlanWriter | None = None,
 ) -> ModelManifest:
     """Export the pipeline in ``folder`` into the repository.
+
+    Args:
+        options: of the export.
+        folder: of the pipeline.
+        facts: for the manifest.
+        fingerprint: of all these.
+        plans: builds the plans; None: the graphs themselves are served.
 
     Raises:
         ExportError: it cannot be exported or does not agree with PyTorch; the repository is as
@@ -66,11 +91,16 @@ def export_pipeline(
     """
     layout = layout_of(folder)
     refuse_pickles(folder, layout)
+    _refuse_absent_parts(options, layout)
     draft = _draft_manifest(options, folder, layout, facts)
     with open_staging(options.repository) as staging:
         manifest = _export_components(options, folder, layout, draft, staging)
+        models = (manifest.denoiser, *_served_models(manifest))
+        stamp = Stamp(fingerprint=fingerprint, models=models)
+        if plans is not None:
+            manifest, stamp = plans.add_pipeline(staging, manifest, stamp)
         staging.write_text(manifest.denoiser, MANIFEST_NAME, manifest_json(manifest))
-        staging.write_stamp(manifest.denoiser, fingerprint)
+        staging.write_stamp(manifest.denoiser, stamp)
         with lock_repository(options.repository):
             staging.publish()
             add_to_index(options.repository, options.name)
@@ -78,26 +108,39 @@ def export_pipeline(
 
 
 def export_single_file(
-    options: ExportOptions, facts: ModelFacts, fingerprint: str
+    options: ExportOptions,
+    facts: ModelFacts,
+    fingerprint: str,
+    plans: PlanWriter | None = None,
 ) -> ModelManifest:
-    """Export a checkpoint that is one file into the repository.
+    """Export a checkpoint that is one file into the repository; see `export_pipeline`.
 
     Raises:
         ExportError: as `export_pipeline`, or it cannot be converted.
     """
     path = Path(options.model)
-    with converted_folder(path, options.config, options.precision, options.repository) as folder:
-        return export_pipeline(options, folder, facts, fingerprint)
+    denoiser = options.precision_of(DENOISER)
+    encoders = {options.precision_of(name) for name in (TEXT_ENCODER, TEXT_ENCODER_2)}
+    others = encoders.pop() if len(encoders) == 1 else Precision.FP32
+    with converted_folder(path, options.config, denoiser, others, options.repository) as folder:
+        return export_pipeline(options, folder, facts, fingerprint, plans)
 
 
-def export_upscaler(path: Path, repository: Path, fingerprint: str) -> UpscalerManifest:
+def export_upscaler(
+    path: Path,
+    repository: Path,
+    fingerprint: str,
+    precision: Precision = Precision.FP32,
+    plans: PlanWriter | None = None,
+) -> UpscalerManifest:
     """Export a super-resolution network as the repository's ``upscaler``.
 
     Raises:
         ExportError: it cannot be read, exported, or does not agree with PyTorch.
     """
     loaded = load_upscaler(path)
-    graph = upscaler_graph(loaded.network)
+    network = loaded.network.to(torch_dtype(precision))
+    graph = upscaler_graph(network, precision=precision.value)
     with open_staging(repository) as staging:
         component = _export(staging, graph, "upscaler", max_batch=UPSCALER_BATCH)
         manifest = UpscalerManifest(
@@ -107,11 +150,16 @@ def export_upscaler(path: Path, repository: Path, fingerprint: str) -> UpscalerM
             max_batch=UPSCALER_BATCH,
             component=component,
         )
-        _publish_shared(staging, "upscaler", manifest, fingerprint)
+        stamp = Stamp(fingerprint=fingerprint, models=("upscaler",))
+        if plans is not None:
+            stamp = plans.add_upscaler(staging, manifest, stamp)
+        _publish_shared(staging, "upscaler", manifest, stamp)
     return manifest
 
 
-def export_face_detector(path: Path, repository: Path, fingerprint: str) -> FaceDetectorManifest:
+def export_face_detector(
+    path: Path, repository: Path, fingerprint: str, plans: PlanWriter | None = None
+) -> FaceDetectorManifest:
     """Export a face detector in YuNet's layout as the repository's ``face_detector``.
 
     Raises:
@@ -130,7 +178,10 @@ def export_face_detector(path: Path, repository: Path, fingerprint: str) -> Face
                 raise ExportError(f"{path} cannot be read as a face detector: {error}") from error
             component = _export(staging, graph, "face_detector", max_batch=DETECTOR_BATCH)
         manifest = FaceDetectorManifest(component=component)
-        _publish_shared(staging, "face_detector", manifest, fingerprint)
+        stamp = Stamp(fingerprint=fingerprint, models=("face_detector",))
+        if plans is not None:
+            stamp = plans.add_face_detector(staging, manifest, stamp)
+        _publish_shared(staging, "face_detector", manifest, stamp)
     return manifest
 
 
@@ -152,7 +203,7 @@ def _draft_manifest(
         shift_factor=float(vae.get("shift_factor") or 0.0),
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
         encoders=(),
-        precision=options.precision.value,
+        precision=options.precision_of(DENOISER).value,
         max_batch=options.max_batch,
         lora=None,
         zero_empty_negative=is_xl and _forces_zeros(folder),
@@ -163,6 +214,14 @@ def _draft_manifest(
     if facts.face_crop_factor is None:
         return manifest
     return dataclasses.replace(manifest, face_crop_factor=float(facts.face_crop_factor))
+
+
+def _refuse_absent_parts(options: ExportOptions, layout: PipelineLayout) -> None:
+    names = {encoder.name for encoder in layout.encoders}
+    for part in {TEXT_ENCODER, TEXT_ENCODER_2} & set(options.component_precision) - names:
+        raise ExportError(
+            f"--component-precision {part}: {layout.family.title} has no {part}; leave it out."
+        )
 
 
 def _forces_zeros(folder: Path) -> bool:
@@ -181,7 +240,7 @@ def _export_components(
     part = Part(
         folder=folder,
         name=DENOISER,
-        precision=options.precision,
+        precision=options.precision_of(DENOISER),
         max_rank=options.lora_rank,
         max_batch=options.max_batch,
         max_tokens=0,
@@ -190,9 +249,10 @@ def _export_components(
         encoder, component = _export_encoder(options, entry, draft, part, staging)
         encoders.append(encoder)
         components.append(component)
-    pictures = max(1, min(options.max_batch, VAE_PIXELS // draft.native_px**2))
+    pictures = vae_batch(options.max_batch, draft.native_px)
     for name, model in ((VAE_ENCODER, draft.vae_encoder), (VAE_DECODER, draft.vae_decoder)):
-        job = dataclasses.replace(part, name=name, max_rank=0)
+        precision = options.precision_of(name)
+        job = dataclasses.replace(part, name=name, precision=precision, max_rank=0)
         components.append(_export_served(staging, job, model, max_batch=pictures))
     tokens = next(e.tokenizer.max_tokens for e in encoders if "context" in e.outputs)
     job = dataclasses.replace(part, max_tokens=tokens)
@@ -228,10 +288,18 @@ def _export_encoder(
     tokenizer = write_tokenizer(part.folder, entry, denoiser, max_tokens=options.max_tokens)
     rank = options.lora_rank if entry.takes_lora else 0
     encoder = TextEncoder(name=entry.name, tokenizer=tokenizer, outputs=entry.outputs)
-    job = dataclasses.replace(part, name=entry.name, max_rank=rank, max_tokens=tokenizer.max_tokens)
+    job = dataclasses.replace(
+        part,
+        name=entry.name,
+        precision=options.precision_of(entry.name, is_t5=not entry.takes_lora),
+        max_rank=rank,
+        max_tokens=tokenizer.max_tokens,
+    )
     if not rank:
         model = draft.encoder_model(encoder)
-        return encoder, _export_served(staging, job, model, max_batch=2 * options.max_batch)
+        return encoder, _export_served(
+            staging, job, model, max_batch=encoder_batch(options.max_batch)
+        )
     path = staging.graph_path(draft.denoiser).with_name(f"{entry.name}.onnx")
     written = export_part(job, path, f"{draft.denoiser}/{entry.name}")
     _report(entry.name, written.component)
@@ -243,6 +311,12 @@ def _lora_layout(options: ExportOptions, written: WrittenPart) -> LoraLayout | N
     if not written.layers:
         return None
     return LoraLayout(max_rank=options.lora_rank, layers=written.layers)
+
+
+def _served_models(manifest: ModelManifest) -> tuple[str, ...]:
+    """The pipeline's models that Triton's onnxruntime backend serves."""
+    encoders = [manifest.encoder_model(e) for e in manifest.encoders if e.lora is None]
+    return (*encoders, manifest.vae_encoder, manifest.vae_decoder)
 
 
 def _export_served(staging: Staging, part: Part, model: str, *, max_batch: int) -> Component:
@@ -324,10 +398,10 @@ def _publish_shared(
     staging: Staging,
     model: str,
     manifest: UpscalerManifest | FaceDetectorManifest,
-    fingerprint: str,
+    stamp: Stamp,
 ) -> None:
     staging.write_text(model, MANIFEST_NAME, manifest_json(manifest))
-    staging.write_stamp(model, fingerprint)
+    staging.write_stamp(model, stamp)
     with lock_repository(staging.repository):
         staging.publish()
 

@@ -12,7 +12,7 @@ PATCH = 2
 
 
 class PlainRmsNorm(nn.Module):
-    """RMS norm from elementary operations, in float32: ONNX has none before opset 23."""
+    """RMS norm from elementary operations: ONNX has none before opset 23."""
 
     def __init__(self, norm: nn.RMSNorm) -> None:
         super().__init__()
@@ -20,12 +20,12 @@ class PlainRmsNorm(nn.Module):
         self.eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize x (..., D) over its last dimension."""
+        """Normalize x (..., D) over its last dimension; float32, which `rotate` goes on with."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         if self.weight is not None:
             wide = wide * self.weight.float()
-        return wide.to(x.dtype)
+        return wide
 
 
 class RotaryTables(nn.Module):
@@ -52,12 +52,12 @@ class RotaryTables(nn.Module):
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of neighbours of x (R, heads, n, d) by its angle, tables (n, d/2)."""
+    """Turn each pair of neighbours of x (R, heads, n, d) float32 by its angle, tables (n, d/2)."""
     cos, sin = tables
-    pairs = x.float().unflatten(-1, (-1, 2))
+    pairs = x.unflatten(-1, (-1, 2))
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
-    return turned.flatten(-2).to(x.dtype)
+    return turned.flatten(-2)
 
 
 class PlainFluxAttention:
@@ -83,8 +83,10 @@ class PlainFluxAttention:
             key = torch.cat([text_key, key], 2)
             value = torch.cat([_split(attn, attn.add_v_proj(text)), value], 2)
         assert image_rotary_emb is not None
-        query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
-        weights = ((query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)).softmax(-1)
+        # One stretch of float32 from the norm to the product, as in FLUX.1's own code.
+        query = rotate(query, image_rotary_emb) * attn.head_dim**-0.5
+        key = rotate(key, image_rotary_emb)
+        weights = (query.to(value.dtype) @ key.to(value.dtype).transpose(2, 3)).softmax(-1)
         mixed: Tensor = (weights @ value).transpose(1, 2).flatten(2)
         if encoder_hidden_states is None:
             return mixed

@@ -27,18 +27,33 @@ from torch import Tensor, nn
 
 from closeup.errors import ExportError
 from closeup.manifest import Component
+from closeup.plans import graph_bytes, hash_graph
 from closeup.tensors import TritonTensor
-from export.options import hash_file
+from export.float_twin import write_float_twin
+from export.precisions import Precision
 from export.streaming import weight_bytes, write_streamed
+from export.tidy import tidy_model
 
 OPSET = 18
 BATCH = "batch"
 # Relative 2-norm of the difference to PyTorch. Rounding gives about 1e-6 in float32 (deep
 # networks 1e-5) and 2e-3 in float16; a missing layer or a wrong constant gives 1e-1 and more.
-LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
+# bfloat16 graphs are compared in float32 (`export.float_twin`), which leaves their constants' own
+# rounding, up to 4e-3 each.
+LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-2}
 # Optimum writes smaller ones, folding constants on the way.
 STREAM_BYTES = 1 << 30
-_TRITON_TYPES = {torch.float32: "TYPE_FP32", torch.float16: "TYPE_FP16", torch.int64: "TYPE_INT64"}
+_TRITON_TYPES = {
+    torch.float32: "TYPE_FP32",
+    torch.float16: "TYPE_FP16",
+    torch.bfloat16: "TYPE_BF16",
+    torch.int64: "TYPE_INT64",
+}
+_DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.FP16: torch.float16,
+    Precision.BF16: torch.bfloat16,
+}
 
 Sizes = Mapping[str, int]
 
@@ -87,7 +102,7 @@ class Graph:
         outputs: in order.
         draw: draws inputs of given sizes from a seed.
         cases: sizes to check at; the first is also the one that is traced.
-        precision: of the weights: fp32 or fp16.
+        precision: of the weights: fp32, fp16 or bf16.
         use_validation: let optimum validate it too (it opens one more session).
     """
 
@@ -178,8 +193,6 @@ def write_graph(graph: Graph, path: Path) -> None:
             _declare_shapes(graph, path)
         for file in path.parent.glob(f"{path.name}*"):
             file.chmod(0o644)  # external data is written for its owner alone
-        for file in path.parent.glob(f"{path.name}*"):
-            file.chmod(0o644)  # external data is written for its owner alone
     except Exception as error:
         raise ExportError(
             f"the {graph.title} cannot be exported to ONNX: {type(error).__name__}: {error}"
@@ -192,7 +205,7 @@ def check_graph(graph: Graph, path: Path, *, limit: float | None = None) -> Agre
     Raises:
         ExportError: a difference is past ``limit``, by default `LIMITS` of the precision.
     """
-    if graph.use_validation:
+    if graph.use_validation and graph.precision != Precision.BF16:
         _validate_with_optimum(graph, path)
     return compare_with(graph, path, reference_outputs(graph), limit=limit)
 
@@ -213,11 +226,17 @@ class Reference:
 
 
 def reference_outputs(graph: Graph) -> tuple[Reference, ...]:
-    """Run the module on fresh random inputs of every case."""
+    """Run the module on fresh random inputs of every case.
+
+    A module in bfloat16 is turned into float32 in place: see `export.float_twin`.
+    """
     references = []
     _prepare_module(graph.module)
+    if graph.precision == Precision.BF16:
+        graph.module.float()
     for number, sizes in enumerate(graph.cases):
-        inputs = graph.draw(sizes, 1000 + number)
+        drawn = graph.draw(sizes, 1000 + number)
+        inputs = {name: _readable(value) for name, value in drawn.items()}
         with torch.inference_mode():
             outputs = graph.module(**inputs)
         references.append(
@@ -239,7 +258,7 @@ def compare_with(
         ExportError: a difference is past ``limit``, by default `LIMITS` of the precision.
     """
     limit = LIMITS[graph.precision] if limit is None else limit
-    session = open_session(path)
+    session = _session_to_compare(graph, path)
     absolute = relative = 0.0
     for case in references:
         results = session.run(list(case.outputs), dict(case.inputs))
@@ -287,13 +306,18 @@ def component_of(path: Path, model: str, precision: str, agreement: Agreement) -
     """Return the manifest's entry of a file that was checked."""
     return Component(
         model=model,
-        sha256=hash_file(path),
-        bytes=sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")),
+        sha256=hash_graph(path),
+        bytes=graph_bytes(path),
         precision=precision,
         max_abs_error=agreement.max_abs_error,
         max_rel_error=agreement.max_rel_error,
         checks=agreement.checks,
     )
+
+
+def torch_dtype(precision: Precision) -> torch.dtype:
+    """Return the element type of a precision."""
+    return _DTYPES[precision]
 
 
 def describe(sizes: Sizes) -> str:
@@ -310,9 +334,26 @@ def open_session(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
+def _session_to_compare(graph: Graph, path: Path) -> ort.InferenceSession:
+    """Open the file, or in its place the float32 twin of a bfloat16 one."""
+    if graph.precision != Precision.BF16:
+        return open_session(path)
+    twin = write_float_twin(path)
+    try:
+        return open_session(twin)
+    finally:
+        twin.unlink()
+
+
+def _readable(value: Tensor) -> Tensor:
+    """Widen bfloat16, which numpy has not."""
+    return value.float() if value.dtype is torch.bfloat16 else value
+
+
 def _declare_shapes(graph: Graph, path: Path) -> None:
     """Give the file's inputs and outputs the declared axes; tracing leaves some of them open."""
     model = onnx.load(path, load_external_data=False)
+    tidy_model(model)
     declared = {tensor.name: tensor for tensor in (*graph.inputs, *graph.outputs)}
     for value in (*model.graph.input, *model.graph.output):
         shape = value.type.tensor_type.shape

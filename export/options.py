@@ -11,13 +11,21 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import closeup
 from closeup.errors import ExportError
 from closeup.manifest import Defaults
+from export.plan_options import PlanOptions, check_plan_options
+from export.precisions import (
+    COMPONENTS,
+    FACE_DETECTOR,
+    UPSCALER,
+    Precision,
+    Target,
+    resolve_precision,
+)
 
 FOLDER_OPTIONS_NAME = "closeup.json"
 _NUMBER = (int, float)
@@ -41,16 +49,6 @@ _SHARED_NAMES = ("generate", "generate_stream", "upscaler", "face_detector")
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "optimum-onnx")
 # Modules of the library that decide it too: tensors of the denoiser's config, the manifest.
 _DECIDING = ("families.py", "manifest.py", "segments.py", "tensors.py")
-
-
-class Precision(str, Enum):
-    """Of the denoiser's and the text encoders' weights."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +96,10 @@ class ExportOptions:
         name: the request field ``model``; prefix of the Triton models.
         repository: where they go.
         lora_rank: the largest rank of the LoRA inputs; 0 leaves them out.
-        precision: of the denoiser and the text encoder.
+        precision: of the denoiser and the text encoders, and of the upscaler in plans.
+        component_precision: by component; wins.
+        target: graphs, or graphs and plans.
+        plans: how plans are built.
         max_batch: sequences in an engine call.
         max_tokens: length of T5's prompts (FLUX.1).
         config: folder with the configs of a checkpoint that is one file.
@@ -113,6 +114,9 @@ class ExportOptions:
     repository: Path
     lora_rank: int = 32
     precision: Precision = Precision.FP32
+    component_precision: Mapping[str, Precision] = field(default_factory=dict)
+    target: Target = Target.ONNX
+    plans: PlanOptions = field(default_factory=PlanOptions)
     max_batch: int = 8
     max_tokens: int = 512
     config: Path | None = None
@@ -120,6 +124,20 @@ class ExportOptions:
     face_detector: Path | None = None
     facts: ModelFacts = field(default_factory=ModelFacts)
     force: bool = False
+
+    def precision_of(self, component: str, *, is_t5: bool = False) -> Precision:
+        """Return the precision of a component of `export.precisions.COMPONENTS`.
+
+        Raises:
+            ExportError: it cannot have the one that was asked for.
+        """
+        return resolve_precision(
+            component,
+            target=self.target,
+            precision=self.precision,
+            chosen=self.component_precision,
+            is_t5=is_t5,
+        )
 
 
 def check_options(options: ExportOptions) -> None:
@@ -139,6 +157,21 @@ def check_options(options: ExportOptions) -> None:
         raise ExportError(f"--max-batch {options.max_batch}: expected 1 to 64.")
     if not 16 <= options.max_tokens <= 512:
         raise ExportError(f"--max-tokens {options.max_tokens}: expected 16 to 512.")
+    check_plan_options(options.plans, has_plans=options.target is not Target.ONNX)
+    _check_files(options)
+    _check_precisions(options)
+
+
+def _check_precisions(options: ExportOptions) -> None:
+    for component in COMPONENTS:
+        options.precision_of(component)
+    for component, given in ((UPSCALER, options.upscaler), (FACE_DETECTOR, options.face_detector)):
+        if component in options.component_precision and given is None:
+            flag = component.replace("_", "-")
+            raise ExportError(f"--component-precision {component}: needs --{flag} FILE.")
+
+
+def _check_files(options: ExportOptions) -> None:
     if options.config is not None and not is_single_file(options.model):
         raise ExportError("--config goes with a --model that is one .safetensors file.")
     if options.config is not None and not (options.config / "model_index.json").is_file():
@@ -213,6 +246,8 @@ def pipeline_fingerprint(options: ExportOptions, folder: Path | None, facts: Mod
         "name": options.name,
         "lora_rank": options.lora_rank,
         "precision": options.precision,
+        "component_precision": dict(options.component_precision),
+        "planned": options.target is not Target.ONNX,
         "max_batch": options.max_batch,
         "max_tokens": options.max_tokens,
         "facts": asdict(facts),
@@ -225,9 +260,15 @@ def pipeline_fingerprint(options: ExportOptions, folder: Path | None, facts: Mod
     return _fingerprint(used, folder, files)
 
 
-def file_fingerprint(path: Path) -> str:
+def upscaler_fingerprint(options: ExportOptions, path: Path) -> str:
+    """Hash everything that decides what the upscaler's export writes."""
+    return file_fingerprint(options, path, precision=options.precision_of(UPSCALER))
+
+
+def file_fingerprint(options: ExportOptions, path: Path, **used: Any) -> str:
     """Hash everything that decides what exporting one weights file writes."""
-    return _fingerprint({}, path.parent, [path])
+    planned = options.target is not Target.ONNX
+    return _fingerprint({**used, "planned": planned}, path.parent, [path])
 
 
 def hash_file(path: Path) -> str:
@@ -242,7 +283,7 @@ def hash_file(path: Path) -> str:
 def _fingerprint(used: Mapping[str, Any], folder: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
     for package in _PACKAGES:
-        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+        digest.update(f"{package} {_version(package)}\n".encode())
     library = Path(closeup.__file__).parent
     for source in (*sorted(Path(__file__).parent.glob("*.py")), *map(library.joinpath, _DECIDING)):
         digest.update(source.read_bytes())
@@ -250,6 +291,14 @@ def _fingerprint(used: Mapping[str, Any], folder: Path, files: Iterable[Path]) -
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
         digest.update(hash_file(path).encode())
     return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    """An installed package's version; its build for GPUs goes by a name of its own."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version(f"{package}-gpu")
 
 
 def _matters(path: Path) -> bool:

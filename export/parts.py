@@ -15,12 +15,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from closeup.errors import ExportError
 from closeup.manifest import Component, LoraLayer
-from export.components import TextEncoder, text_encoder_graph, vae_decoder_graph, vae_encoder_graph
+from export.components import TextEncoder, text_encoder_graph
 from export.denoiser import DenoiserStep, denoiser_graph
 from export.graphs import (
     BATCH,
@@ -32,18 +31,17 @@ from export.graphs import (
     compare_with,
     component_of,
     reference_outputs,
+    torch_dtype,
     write_graph,
 )
 from export.layouts import layout_of
-from export.options import Precision
 from export.pipelines import VAE, load_component
+from export.precisions import DENOISER, VAE_DECODER, VAE_ENCODER, Precision
 from export.streaming import weight_bytes
+from export.vae import vae_decoder_graph, vae_encoder_graph
 
 logger = logging.getLogger(__name__)
 
-DENOISER = "denoiser"
-VAE_ENCODER = "vae_encoder"
-VAE_DECODER = "vae_decoder"
 # Weights past this are checked in a process of their own, which holds first PyTorch's copy and
 # then ONNX Runtime's.
 APART_BYTES = 1 << 30
@@ -58,7 +56,7 @@ class Part:
     Attributes:
         folder: of the pipeline.
         name: `DENOISER`, `VAE_ENCODER`, `VAE_DECODER`, or a text encoder's folder.
-        precision: of the weights; the VAE's are float32 always.
+        precision: of the weights.
         max_rank: of the LoRA inputs; 0: it has none.
         max_batch: sequences in a denoiser call.
         max_tokens: of the prompt, for this text encoder; of the context, for the denoiser.
@@ -96,10 +94,11 @@ def build_graph(part: Part) -> Graph:
         ExportError: it cannot be loaded, or is of a kind that cannot be exported.
     """
     layout = layout_of(part.folder)
-    dtype = torch.float16 if part.precision is Precision.FP16 else torch.float32
+    dtype = torch_dtype(part.precision)
     if part.name in (VAE_ENCODER, VAE_DECODER):
-        vae = load_component(part.folder, layout, VAE, torch.float32)
-        return vae_encoder_graph(vae) if part.name == VAE_ENCODER else vae_decoder_graph(vae)
+        vae = load_component(part.folder, layout, VAE, dtype)
+        describe_vae = vae_encoder_graph if part.name == VAE_ENCODER else vae_decoder_graph
+        return describe_vae(vae, precision=part.precision.value)
     if part.name == DENOISER:
         model = load_component(part.folder, layout, layout.denoiser, dtype)
         return denoiser_graph(
@@ -141,13 +140,8 @@ def export_part(part: Part, path: Path, model: str) -> WrittenPart:
         agreement = _check_apart(part, path, title)
     else:
         agreement = check_graph(graph, path)
-    component = component_of(path, model, part_precision(part), agreement)
+    component = component_of(path, model, part.precision.value, agreement)
     return WrittenPart(component=component, inputs=inputs, outputs=outputs, layers=layers)
-
-
-def part_precision(part: Part) -> str:
-    """Return the precision of a part's weights."""
-    return "fp32" if part.name in (VAE_ENCODER, VAE_DECODER) else part.precision.value
 
 
 def check_large_part(part: Part, path: Path) -> Agreement:

@@ -20,7 +20,7 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import safe_open
 
 from closeup.errors import ExportError
-from export.graphs import quiet_exporters
+from export.graphs import quiet_exporters, torch_dtype
 from export.layouts import (
     FLUX_LAYOUT,
     INDEX_NAME,
@@ -29,15 +29,16 @@ from export.layouts import (
     PipelineLayout,
     layout_of,
 )
-from export.options import FOLDER_OPTIONS_NAME, Precision
+from export.options import FOLDER_OPTIONS_NAME
 from export.pipelines import VAE
+from export.precisions import Precision
 
 _LAYOUTS: Mapping[str, PipelineLayout] = {"v1": SD15_LAYOUT, "xl": SDXL_LAYOUT, "flux": FLUX_LAYOUT}
 
 
 @contextlib.contextmanager
 def converted_folder(
-    path: Path, config: Path | None, precision: Precision, beside: Path
+    path: Path, config: Path | None, precision: Precision, others: Precision, beside: Path
 ) -> Iterator[Path]:
     """Give a pipeline's folder made from one file; it is gone afterwards.
 
@@ -45,7 +46,8 @@ def converted_folder(
         path: the checkpoint.
         config: a folder with the pipeline's configs and tokenizers, for FLUX.1 with all components
             but the transformer; None: diffusers fetches the configs from the hub.
-        precision: of the denoiser and the text encoders.
+        precision: of the denoiser.
+        others: of the text encoders.
         beside: the folder is made on the file system of this one.
 
     Raises:
@@ -57,7 +59,7 @@ def converted_folder(
         folder = Path(name)
         try:
             with quiet_exporters():
-                _convert(path, config, precision, folder)
+                _convert(path, config, torch_dtype(precision), torch_dtype(others), folder)
         except ExportError:
             raise
         except Exception as error:
@@ -98,9 +100,10 @@ class _Shape:
         self.shape = tuple(shape)
 
 
-def _convert(path: Path, config: Path | None, precision: Precision, folder: Path) -> None:
+def _convert(
+    path: Path, config: Path | None, dtype: torch.dtype, others: torch.dtype, folder: Path
+) -> None:
     layout = family_of_file(path) if config is None else layout_of(config)
-    dtype = torch.float16 if precision is Precision.FP16 else torch.float32
     options: dict[str, Any] = {} if config is None else {"config": str(config)}
     options["local_files_only"] = config is not None
     if layout is FLUX_LAYOUT:
@@ -110,7 +113,7 @@ def _convert(path: Path, config: Path | None, precision: Precision, folder: Path
     kind = getattr(diffusers, layout.pipelines[0])
     # The largest part alone, and the VAE in full precision.
     parts = {layout.denoiser: None, VAE: None}
-    pipeline = kind.from_single_file(str(path), torch_dtype=dtype, **parts, **options)
+    pipeline = kind.from_single_file(str(path), torch_dtype=others, **parts, **options)
     pipeline.save_pretrained(folder, safe_serialization=True)
     del pipeline
     gc.collect()

@@ -30,6 +30,7 @@ _INLINE_BYTES = 1024
 _ONNX_TYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
     torch.int64: TensorProto.INT64,
     torch.bool: TensorProto.BOOL,
 }
@@ -132,7 +133,7 @@ class _Place:
 
 
 def _initializer(name: str, tensor: Tensor, file: IO[bytes]) -> onnx.TensorProto:
-    values = tensor.contiguous().numpy()
+    values = _bits(tensor.cpu().contiguous()).numpy()  # a module on a GPU is traced there
     proto = TensorProto(name=name, dims=values.shape, data_type=_ONNX_TYPES[tensor.dtype])
     if values.nbytes <= _INLINE_BYTES:
         proto.raw_data = values.tobytes()
@@ -145,6 +146,11 @@ def _initializer(name: str, tensor: Tensor, file: IO[bytes]) -> onnx.TensorProto
     ):  # fmt: skip
         proto.external_data.add(key=key, value=value)
     return proto
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """View bfloat16 as int16: numpy has no such type, and only the bytes are written."""
+    return tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
 
 
 def _append(values: np.ndarray[Any, Any], file: IO[bytes]) -> _Place:

@@ -61,7 +61,7 @@ class UNetRows(nn.Module):
         added = None
         if "pooled" in extras:
             added = {
-                "text_embeds": extras["pooled"].to(self.dtype),
+                "text_embeds": extras["pooled"],  # joined with float32 sinusoids, then rounded
                 "time_ids": extras["time_ids"],
             }
         (out,) = self.model(

@@ -93,7 +93,7 @@ def test_open_engine_raises_one_sentence_when_the_file_is_no_engine(tmp_path: Pa
     for path, text in (
         (tmp_path / "absent.onnx", "There is no engine at"),
         (broken, "ONNX Runtime cannot open"),
-        (plan, "model.plan is a TensorRT plan"),
+        (plan, r"model\.plan has no record model\.plan\.json"),
         (other, r"expected a name that ends in \.onnx or \.plan"),
     ):
         with pytest.raises(ModelError, match=text) as caught:

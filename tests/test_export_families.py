@@ -28,13 +28,13 @@ from export.graphs import open_session
 from export.layouts import FLUX_LAYOUT, SD15_LAYOUT, SDXL_LAYOUT, layout_of
 from export.options import (
     ModelFacts,
-    Precision,
     hash_file,
     pipeline_fingerprint,
     resolve_folder,
 )
-from export.parts import DENOISER, Part, build_graph, check_large_part, export_part
+from export.parts import Part, build_graph, check_large_part, export_part
 from export.pipelines import load_component
+from export.precisions import DENOISER, Precision
 from tests.step_reference import fuse, relative
 from tests.tiny_pipelines import T5_CONTEXT, write_tiny_flux, write_tiny_pipeline, write_tiny_sdxl
 

@@ -15,8 +15,9 @@ from closeup.errors import ExportError
 from export import exporting
 from export.__main__ import main, parse_options, run_export
 from export.layouts import SD15_LAYOUT, layout_of
-from export.options import ModelFacts, Precision, pipeline_fingerprint
+from export.options import ModelFacts, pipeline_fingerprint
 from export.pipelines import load_component
+from export.precisions import Precision
 from export.single_file import converted_folder, family_of_file
 from tests.original_layout import write_original_checkpoint
 from tests.tiny_pipelines import write_tiny_pipeline
@@ -49,7 +50,7 @@ def test_converted_folder_has_the_weights_of_the_file(
     pipeline: Path, checkpoint: Path, configs: Path, tmp_path: Path
 ) -> None:
     beside = tmp_path / "repository"
-    with converted_folder(checkpoint, configs, Precision.FP32, beside) as folder:
+    with converted_folder(checkpoint, configs, Precision.FP32, Precision.FP32, beside) as folder:
         assert layout_of(folder) is SD15_LAYOUT
         for part in SD15_LAYOUT.components:
             expected = load_component(pipeline, SD15_LAYOUT, part, torch.float32).state_dict()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import closeup.lora_store
+from closeup.array_content import find_pieces
 from closeup.errors import RequestError, UnavailableError
 from closeup.lora_bank import LoraBank
 from closeup.lora_read import Layouts, read_lora
@@ -424,3 +425,16 @@ def test_bank_refuses_when_it_has_no_rows(folder: Path) -> None:
     make: Callable[[], LoraBank] = lambda: _bank(folder, rows=0)  # noqa: E731
     with pytest.raises(ValueError, match="1 row or more"):
         make()
+
+
+def test_bank_tells_which_rows_changed_when_an_adapter_is_written(folder: Path) -> None:
+    bank = _bank(folder)
+    first = bank.acquire([("a", 1.0)])
+    array = bank.array([first.row])
+    before = [piece.version for piece in find_pieces(array)]
+    second = bank.acquire([("b", 1.0)])
+    assert bank.array([second.row]) is array  # of one width: written in place
+    after = [piece.version for piece in find_pieces(array)]
+    changed = [row for row, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+    assert changed == [second.row]
+    assert find_pieces(bank.array([0]))[0].owner is not None  # the zero row never changes

@@ -1,0 +1,465 @@
+"""TensorRT plans, of both flavours, as an `Engine`.
+
+An execution context is kept for each combination of input shapes (`PlanBuckets`), the least
+recently used goes first: TensorRT wants a context a CUDA graph, and a context whose shapes never
+change needs no set-up at a call. The contexts have no activation memory of their own: all plans of
+a process share one block, as large as the hungriest needs, and so run one at a time, on one
+stream. Buffers of inputs and outputs belong to the engine, grow to the largest shape and stay.
+
+Not run on a GPU yet: the logic is tested against a fake TensorRT (`tests/fake_tensorrt.py`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from closeup.cuda_device import Buffer, Device, open_device, shared_workspace
+from closeup.device_inputs import InputSlot, Produced
+from closeup.engines import Array, EngineOptions, TensorSpec, check_feeds, name_from_path
+from closeup.errors import ModelError
+from closeup.plans import PlanRecord, PlanTensor, RuntimeFacts, read_record, verify_plan
+from closeup.tensorrt_package import Messages, explain, find_gpu, import_tensorrt, make_logger
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanDescription:
+    """A plan's tensors as its record has them; opens nothing and needs no GPU.
+
+    Attributes:
+        inputs: in the graph's order.
+        outputs: in the graph's order.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def describe_plan(record: PlanRecord) -> PlanDescription:
+    """Return the tensors of a plan.
+
+    Raises:
+        ModelError: an element type that numpy has not.
+    """
+    return PlanDescription(
+        inputs=tuple(_spec(tensor) for tensor in record.inputs),
+        outputs=tuple(_spec(tensor) for tensor in record.outputs),
+    )
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Bucket:
+    """An execution context for one combination of input shapes.
+
+    Attributes:
+        context: TensorRT's, with its profile and input shapes set.
+        output_shapes: by name.
+        workspace_bytes: activation memory that it needs.
+        addresses: of the buffers that it was given last, the workspace first.
+        runs: since those addresses.
+        graph: of a run with those addresses; None before the second run, or where it cannot be
+            captured.
+    """
+
+    context: Any
+    output_shapes: Mapping[str, tuple[int, ...]]
+    workspace_bytes: int
+    addresses: tuple[int, ...] = ()
+    runs: int = 0
+    graph: int | None = None
+
+
+@dataclass(slots=True)
+class PlanCounters:
+    """What an engine did since it was opened.
+
+    Attributes:
+        runs: calls.
+        graph_launches: of those, by a CUDA graph.
+        uploaded_bytes: of inputs that came from the host.
+        contexts_made: execution contexts.
+    """
+
+    runs: int = 0
+    graph_launches: int = 0
+    uploaded_bytes: int = 0
+    contexts_made: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanParts:
+    """What a plan needs of its surroundings; tests give their own.
+
+    Attributes:
+        trt: the module ``tensorrt`` or ``tensorrt_rtx``.
+        device: the GPU.
+        workspace: activation memory, shared by the process.
+        messages: TensorRT's log.
+        logger: writes into them; lives as long as the engine.
+    """
+
+    trt: Any
+    device: Device
+    workspace: Buffer
+    messages: Messages
+    logger: Any
+
+
+def open_parts(path: Path, record: PlanRecord, options: EngineOptions) -> PlanParts:
+    """Find TensorRT and the GPU for a plan, and refuse a plan that is not for them.
+
+    Raises:
+        ModelError: no package, no GPU, or `verify_plan` refuses; one sentence.
+    """
+    trt = import_tensorrt(record.flavour)
+    gpu = find_gpu(options.device_id)
+    if gpu is None:
+        raise ModelError(
+            f"{path} is a plan of {record.flavour.label} and there is no GPU {options.device_id} "
+            "that this process may use: run it on a machine with an NVIDIA GPU and its driver, in "
+            f"a container with --gpus all, or delete the plan to serve {path.stem}.onnx."
+        )
+    verify_plan(path, RuntimeFacts(flavour=record.flavour, version=trt.__version__, sm=gpu.sm))
+    device = open_device(options.device_id)
+    messages = Messages()
+    return PlanParts(
+        trt=trt,
+        device=device,
+        workspace=shared_workspace(device),
+        messages=messages,
+        logger=make_logger(trt, messages),
+    )
+
+
+class PlanEngine:
+    """A TensorRT plan (an :class:`closeup.engines.Engine`).
+
+    Arrays that `run` returns are read-only: where one is fed back, whole or in part, it is copied
+    within the GPU (see `closeup.device_inputs`).
+
+    Args:
+        path: ``<name>.plan``, its record beside it.
+        options: ``device_id`` and ``cuda_graphs`` are used.
+        parts: found by default.
+
+    Raises:
+        ModelError: one sentence that says what is missing or what to build again.
+    """
+
+    def __init__(
+        self, path: Path, options: EngineOptions, *, parts: PlanParts | None = None
+    ) -> None:
+        self._name = name_from_path(path)
+        self._record = read_record(path)
+        self._parts = parts or open_parts(path, self._record, options)
+        description = describe_plan(self._record)
+        self._inputs, self._outputs = description.inputs, description.outputs
+        self.provider = self._record.flavour.label
+        self.counters = PlanCounters()
+        self._device = self._parts.device
+        with self._device.lock:
+            self._device.enter()
+            self._engine = _open_plan(path, self._parts)
+        self._buckets = PlanBuckets(self._engine, self._parts, options.cuda_graphs)
+        self._slots = {spec.name: InputSlot(self._device) for spec in self._inputs}
+        self._results = {spec.name: Buffer(self._device) for spec in self._outputs}
+        self._produced: list[Produced] = []
+        self._closed = False
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` must be fed, in the graph's order."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` returns, in the graph's order."""
+        return self._outputs
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; see :meth:`closeup.engines.Engine.run`."""
+        check_feeds(self._name, self._inputs, feeds)
+        arrays = {spec.name: _contiguous(feeds[spec.name]) for spec in self._inputs}
+        shapes = {name: array.shape for name, array in arrays.items()}
+        profile = self._record.profile_for(shapes)
+        if profile is None:
+            raise ModelError(f"{self._name}: {_misfit(self._record, shapes)}")
+        with self._device.lock:
+            if self._closed:
+                raise ModelError(f"{self._name}: the engine is closed.")
+            self._device.enter()
+            try:
+                return self._run(arrays, profile, shapes)
+            except BaseException:
+                self._produced = []
+                raise
+
+    def close(self) -> None:
+        """Free contexts, buffers and the engine; see :meth:`closeup.engines.Engine.close`."""
+        with self._device.lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._device.enter()
+            self._device.synchronize()
+            self._produced = []
+            self._buckets.close()
+            for slot in self._slots.values():
+                slot.release()
+            for buffer in self._results.values():
+                buffer.release()
+            self._engine = None
+
+    def _run(
+        self, arrays: Mapping[str, Array], profile: int, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Array]:
+        bucket = self._buckets.get(profile, shapes)
+        for name, array in arrays.items():
+            self.counters.uploaded_bytes += self._slots[name].fill(array, self._produced)
+        self._produced = []  # the buffers they lie in are written again from here on
+        outputs = {
+            spec.name: np.empty(bucket.output_shapes[spec.name], spec.dtype)
+            for spec in self._outputs
+        }
+        for name, array in outputs.items():
+            self._results[name].reserve(max(array.nbytes, 1))
+        buffers = {name: slot.buffer.address for name, slot in self._slots.items()}
+        buffers |= {name: buffer.address for name, buffer in self._results.items()}
+        launched = self._buckets.execute(bucket, buffers)
+        for name, array in outputs.items():
+            self._device.download(array, self._results[name].address)
+        self._device.synchronize()
+        self.counters.runs += 1
+        self.counters.graph_launches += launched
+        self.counters.contexts_made = self._buckets.made
+        self._produced = [self._keep(name, array) for name, array in outputs.items()]
+        return outputs
+
+    def _keep(self, name: str, array: Array) -> Produced:
+        array.setflags(write=False)
+        address = self._results[name].address
+        return Produced(weakref.ref(array), array.ctypes.data, address, array.nbytes)
+
+
+class PlanBuckets:
+    """A plan's execution contexts, one for each combination of input shapes, and their graphs.
+
+    Args:
+        engine: TensorRT's.
+        parts: its surroundings.
+        limit: contexts kept with a graph each; 0: one context, and no graphs.
+    """
+
+    def __init__(self, engine: Any, parts: PlanParts, limit: int) -> None:
+        self._engine = engine
+        self._parts = parts
+        self._limit = limit
+        self._buckets: OrderedDict[tuple[int, Shapes], Bucket] = OrderedDict()
+        self.made = 0
+
+    def __len__(self) -> int:
+        """Contexts that are kept."""
+        return len(self._buckets)
+
+    def get(self, profile: int, shapes: Mapping[str, tuple[int, ...]]) -> Bucket:
+        """Return the context for these shapes, made when it is not there.
+
+        Args:
+            profile: index of the optimization profile.
+            shapes: of every input.
+
+        Raises:
+            ModelError: TensorRT refuses.
+        """
+        key = profile, tuple(shapes.values())
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            while len(self._buckets) >= max(self._limit, 1):
+                self._forget(next(iter(self._buckets)))
+            bucket = self._buckets[key] = self._make(profile, shapes)
+            self.made += 1
+        self._buckets.move_to_end(key)
+        return bucket
+
+    def execute(self, bucket: Bucket, buffers: Mapping[str, int]) -> bool:
+        """Queue one run, by a graph where there is one.
+
+        The first run with given addresses goes without: TensorRT finishes there what a change of
+        shapes left to do. The second is captured.
+
+        Args:
+            bucket: of `get`.
+            buffers: device addresses of all inputs and outputs.
+
+        Returns:
+            Whether a graph was launched.
+
+        Raises:
+            ModelError: TensorRT refuses.
+        """
+        self._place(bucket, buffers)
+        bucket.runs += 1
+        device = self._parts.device
+        if bucket.runs == 2 and self._limit > 0:
+            bucket.graph = device.capture(lambda: self._enqueue(bucket))
+        if bucket.graph is not None:
+            device.launch(bucket.graph)
+            return True
+        if not self._enqueue(bucket):
+            raise ModelError(f"a run in TensorRT failed: {self._reason()}.")
+        return False
+
+    def close(self) -> None:
+        """Destroy every graph and context."""
+        for key in list(self._buckets):
+            self._forget(key)
+        self._engine = None
+
+    def _enqueue(self, bucket: Bucket) -> bool:
+        return bool(bucket.context.execute_async_v3(self._parts.device.stream))
+
+    def _make(self, profile: int, shapes: Mapping[str, tuple[int, ...]]) -> Bucket:
+        strategy = self._parts.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy)
+        stream = self._parts.device.stream
+        if context is None or not context.set_optimization_profile_async(profile, stream):
+            raise ModelError(f"TensorRT gives no execution context: {self._reason()}.")
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise ModelError(f"TensorRT refuses {name} {shape}: {self._reason()}.")
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        outputs = {
+            name: tuple(int(side) for side in context.get_tensor_shape(name))
+            for name in names
+            if name not in shapes
+        }
+        if any(side < 0 for shape in outputs.values() for side in shape):
+            raise ModelError(f"the plan's outputs {outputs} depend on values; expected shapes.")
+        need = _workspace_bytes(self._engine, profile)
+        return Bucket(context=context, output_shapes=outputs, workspace_bytes=need)
+
+    def _place(self, bucket: Bucket, buffers: Mapping[str, int]) -> None:
+        """Give the context its buffers where they are others than at its last run."""
+        workspace = self._parts.workspace
+        if workspace.size_bytes < bucket.workspace_bytes:
+            self._parts.device.synchronize()
+            workspace.reserve(bucket.workspace_bytes)
+        addresses = (workspace.address, *buffers.values())
+        if addresses == bucket.addresses:
+            return
+        self._drop_graph(bucket)
+        bucket.runs = 0
+        bucket.addresses = ()
+        if bucket.workspace_bytes:
+            _give_workspace(bucket.context, workspace)
+        for name, address in buffers.items():
+            if not bucket.context.set_tensor_address(name, address):
+                raise ModelError(f"TensorRT refuses the buffer of {name}: {self._reason()}.")
+        bucket.addresses = addresses
+
+    def _forget(self, key: tuple[int, Shapes]) -> None:
+        self._parts.device.synchronize()
+        bucket = self._buckets.pop(key)
+        self._drop_graph(bucket)
+        bucket.context = None
+
+    def _drop_graph(self, bucket: Bucket) -> None:
+        graph, bucket.graph = bucket.graph, None
+        if graph is not None:
+            self._parts.device.drop(graph)
+
+    def _reason(self) -> str:
+        reason = explain(self._parts.messages.errors)
+        self._parts.messages.errors.clear()  # the next failure has its own
+        return reason
+
+
+def _open_plan(path: Path, parts: PlanParts) -> Any:
+    """Deserialise a plan; mapped, so that the process never holds a copy of the file."""
+    runtime = parts.trt.Runtime(parts.logger)
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with memoryview(content) as view:
+            engine = runtime.deserialize_cuda_engine(view)
+        content.close()
+    if engine is None:
+        reason = explain(parts.messages.errors)
+        raise ModelError(f"TensorRT cannot open {path}: {reason}.")
+    return _Opened(runtime, engine)
+
+
+@dataclass(slots=True)
+class _Opened:
+    """TensorRT's engine with the runtime that must outlive it."""
+
+    runtime: Any
+    engine: Any = field()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+
+def _workspace_bytes(engine: Any, profile: int) -> int:
+    """Activation memory of a profile; TensorRT 10's first releases have the older name alone."""
+    ask = getattr(engine, "get_device_memory_size_for_profile_v2", None)
+    return int((ask or engine.get_device_memory_size_for_profile)(profile))
+
+
+def _give_workspace(context: Any, workspace: Buffer) -> None:
+    if hasattr(context, "set_device_memory"):
+        context.set_device_memory(workspace.address, workspace.size_bytes)
+    else:
+        context.device_memory = workspace.address
+
+
+def _spec(tensor: PlanTensor) -> TensorSpec:
+    return TensorSpec(name=tensor.name, dtype=_dtype(tensor), shape=tensor.axes)
+
+
+def _dtype(tensor: PlanTensor) -> np.dtype[Any]:
+    name: Any = tensor.dtype
+    if name == "bfloat16":
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            raise ModelError(
+                f"tensor {tensor.name} is bfloat16, which numpy has not: install ml_dtypes."
+            ) from error
+        name = ml_dtypes.bfloat16
+    try:
+        return np.dtype(name)
+    except TypeError as error:
+        raise ModelError(
+            f"tensor {tensor.name} is {tensor.dtype!r}; expected a numpy type or bfloat16."
+        ) from error
+
+
+def _contiguous(array: Array) -> Array:
+    """The array itself where it is C-contiguous, so that its owner is still known."""
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def _misfit(record: PlanRecord, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Say which input no profile takes, and what the nearest to general one takes."""
+    first = record.profiles[0]
+    for name, limits in first.shapes.items():
+        if not any(profile.shapes[name].takes(shapes[name]) for profile in record.profiles):
+            return (
+                f"input {name} is {shapes[name]}, which the plan was not built for (its profile "
+                f"{first.name} takes {limits.min} to {limits.max}); ask for another size or batch, "
+                f"or build it with those: {record.command}"
+            )
+    names = ", ".join(profile.name for profile in record.profiles)
+    return (
+        f"no profile of the plan ({names}) takes the inputs together, {dict(shapes)}; ask for "
+        f"another size or batch, or build it with those: {record.command}"
+    )

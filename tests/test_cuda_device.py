@@ -1,0 +1,171 @@
+"""The CUDA runtime behind `Device`: with a fake of it, and what of the real one is here."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from closeup import cuda_device
+from closeup.cuda_device import CudaDevice
+from closeup.errors import ModelError
+from closeup.tensorrt_package import find_gpu
+
+# What the plans' code asks of TensorRT's objects.
+TENSORRT_NAMES = {
+    "Runtime": ("deserialize_cuda_engine",),
+    "ICudaEngine": (
+        "create_execution_context", "get_device_memory_size_for_profile_v2", "get_tensor_name",
+        "num_io_tensors",
+    ),
+    "IExecutionContext": (
+        "execute_async_v3", "get_tensor_shape", "set_device_memory", "set_input_shape",
+        "set_optimization_profile_async", "set_tensor_address",
+    ),
+    "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
+}  # fmt: skip
+
+
+class FakeRuntime:
+    """``cuda.bindings.runtime``: every function notes its call and answers (0, result).
+
+    Attributes:
+        calls: names, in order.
+        errors: name of a function -> the error that it answers.
+    """
+
+    cudaStreamNonBlocking = 1  # noqa: N815 - CUDA's own names
+    cudaMemcpyKind = SimpleNamespace(  # noqa: N815
+        cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
+    )
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.errors: dict[str, int] = {}
+
+    def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:  # noqa: N802
+        return 0, b"out of memory"
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: object) -> tuple[int, ...]:
+            self.calls.append(name)
+            results = {
+                "cudaStreamCreateWithFlags": 5,
+                "cudaMalloc": 4096,
+                "cudaStreamEndCapture": 6,
+                "cudaGraphInstantiate": 7,
+            }
+            error = self.errors.get(name, 0)
+            return (error, results[name]) if name in results else (error,)
+
+        return call
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    fake = FakeRuntime()
+    monkeypatch.setattr(cuda_device, "_import_cuda", lambda: fake)
+    return fake
+
+
+def test_capture_gives_a_graph_that_can_be_launched_and_dropped(runtime: FakeRuntime) -> None:
+    device = CudaDevice()
+    del runtime.calls[:]
+    graph = device.capture(lambda: True)
+    assert runtime.calls == [
+        "cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate",
+        "cudaGraphDestroy",
+    ]  # fmt: skip
+    assert graph == 7
+    device.launch(graph)
+    device.drop(graph)
+    assert runtime.calls[-2:] == ["cudaGraphLaunch", "cudaGraphExecDestroy"]
+    with pytest.raises(KeyError):
+        device.launch(graph)
+
+
+def test_capture_gives_none_and_leaves_the_stream_usable_when_it_fails(
+    runtime: FakeRuntime,
+) -> None:
+    device = CudaDevice()
+    assert device.capture(lambda: False) is None
+    assert runtime.calls[-2:] == ["cudaStreamEndCapture", "cudaGraphDestroy"]
+    runtime.errors["cudaStreamEndCapture"] = 901
+    assert device.capture(lambda: True) is None
+
+    def fail() -> bool:
+        raise RuntimeError("TensorRT threw")
+
+    with pytest.raises(RuntimeError, match="TensorRT threw"):
+        device.capture(fail)
+    assert runtime.calls[-1] == "cudaStreamEndCapture"
+
+
+def test_errors_name_the_function_and_the_reason(runtime: FakeRuntime) -> None:
+    device = CudaDevice()
+    runtime.errors["cudaMalloc"] = 2
+    with pytest.raises(ModelError) as caught:
+        device.allocate(1 << 40)
+    assert str(caught.value) == "CUDA: cudaMalloc failed with error 2, out of memory."
+
+
+def test_free_waits_for_what_is_queued(runtime: FakeRuntime) -> None:
+    device = CudaDevice()
+    device.free(device.allocate(1))
+    assert runtime.calls[-2:] == ["cudaStreamSynchronize", "cudaFree"]
+
+
+def test_copies_of_nothing_are_left_out(runtime: FakeRuntime) -> None:
+    device = CudaDevice()
+    del runtime.calls[:]
+    device.upload(4096, np.zeros((0, 3), np.float32))
+    assert runtime.calls == []
+    device.upload(4096, np.zeros(3, np.float32))
+    assert runtime.calls == ["cudaMemcpyAsync"]
+
+
+def test_real_runtime_has_every_function_and_refuses_in_one_sentence_without_a_gpu() -> None:
+    real = pytest.importorskip("cuda.bindings.runtime")
+    names = (
+        "cudaSetDevice", "cudaMalloc", "cudaFree", "cudaMemcpyAsync", "cudaStreamCreateWithFlags",
+        "cudaStreamNonBlocking", "cudaStreamSynchronize", "cudaStreamBeginCapture",
+        "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphDestroy", "cudaGraphLaunch",
+        "cudaGraphExecDestroy", "cudaGetErrorString",
+    )  # fmt: skip
+    assert [name for name in names if not hasattr(real, name)] == []
+    assert real.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal is not None
+    if find_gpu() is None:
+        with pytest.raises(ModelError, match=r"^CUDA: cuda\w+ failed with error \d+, [^\n]+\.$"):
+            CudaDevice()
+
+
+@pytest.mark.parametrize("module", ["tensorrt", "tensorrt_rtx"])
+def test_tensorrt_has_every_name_that_plans_are_run_with(module: str) -> None:
+    trt = pytest.importorskip(module)
+    missing = [
+        f"{kind}.{name}"
+        for kind, names in TENSORRT_NAMES.items()
+        for name in names
+        if not hasattr(getattr(trt, kind), name)
+    ]
+    assert missing == []
+
+
+@pytest.mark.gpu
+def test_memory_comes_back_as_it_was_when_it_went_through_the_gpu() -> None:
+    if find_gpu() is None:
+        pytest.skip("there is no GPU")
+    device = CudaDevice()
+    values = np.arange(1000, dtype=np.float32)
+    one, other = device.allocate(values.nbytes), device.allocate(values.nbytes)
+    device.upload(one, values)
+    device.copy(other, one, values.nbytes)
+    back = np.empty_like(values)
+    device.download(back, other)
+    device.synchronize()
+    np.testing.assert_array_equal(back, values)
+    device.free(one)
+    device.free(other)

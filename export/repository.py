@@ -64,7 +64,9 @@ class Staging:
         files = sorted(
             str(path.relative_to(self.folder))
             for path in self.folder.rglob("*")
-            if path.is_file() and PLAN_SUFFIX not in path.suffixes and path.name != STAMP_NAME
+            if path.is_file()
+            and PLAN_SUFFIX not in path.suffixes
+            and path.name not in (STAMP_NAME, _ALIVE)
         )
         self.write_text(model, STAMP_NAME, replace(stamp, files=tuple(files)).text())
 

@@ -71,6 +71,7 @@ class Check:
             self.budget.run("engines", self._engines, limit_s=150)
             self.budget.run("whole request in this process", self._whole, limit_s=120)
             self.budget.run(TENSORRT, self._tensorrt, limit_s=240)
+            self.budget.run("whole request in TensorRT", self._whole_plans, limit_s=240)
         finally:
             if self._export is not None and self._export.poll() is None:
                 self._export.kill()
@@ -168,6 +169,28 @@ class Check:
                 except Exception as error:  # the other engines are worth knowing all the same
                     title = f"{job.title}, {job.precision}, {label}"
                     self._failures.append(f"{title}: {first_line(error)}")
+
+    def _whole_plans(self) -> None:
+        """The demo model as plans, built here in float32, against its graphs on the CPU."""
+        if self._export is None or self._export.poll() != 0:
+            raise NotRun("the demo model was not exported.")
+        if self._device != "cuda":
+            raise NotRun("plans are opened on a GPU only.")
+        for toolchain in require_toolchains()[0]:
+            flavour = toolchain.flavour
+            folder = self._scratch / f"demo-{flavour}"
+            size = f"{DEFAULT_REQUEST['w']}x{DEFAULT_REQUEST['h']}"
+            command = [*export_command(folder, target=flavour.value), "--sizes", size]
+            done = subprocess.run(
+                [*command, "--cache-gb", "0"], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise RuntimeError(f"the demo model's plans: {last_line(done.stderr)}")
+            sides = {
+                flavour.label: run_whole(folder, DEFAULT_REQUEST, device="cuda", repeats=2),
+                "cpu": run_whole(self._scratch / "demo", DEFAULT_REQUEST, device="cpu", repeats=0),
+            }
+            self._sections.append(whole_section(f"Whole request, {flavour.label} plans", sides))
 
     @property
     def without_tensorrt(self) -> str:

@@ -32,11 +32,11 @@ def export_demo(repository: Path = REPOSITORY) -> None:
         raise SystemExit(done.returncode)
 
 
-def export_command(repository: Path) -> list[str]:
-    """Return the export's command line for the demo model."""
+def export_command(repository: Path, *, target: str = "onnx") -> list[str]:
+    """Return the export's command line for the demo model; ``target`` is the export's."""
     return [
         sys.executable, "-m", "export",
-        "--model", str(WEIGHTS / "sd"), "--name", "demo", "--target", "onnx",
+        "--model", str(WEIGHTS / "sd"), "--name", "demo", "--target", target,
         "--repository", str(repository),
         "--upscaler", str(WEIGHTS / "upscaler.safetensors"),
         "--face-detector", str(WEIGHTS / "face_detector.safetensors"),

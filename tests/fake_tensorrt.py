@@ -17,7 +17,8 @@ import numpy as np
 
 from closeup.cuda_device import Buffer
 from closeup.engines import Array, EngineOptions
-from closeup.plan_engine import PlanEngine, PlanParts
+from closeup.plan_buckets import PlanParts
+from closeup.plan_engine import PlanEngine
 from closeup.plans import (
     Flavour,
     PlanRecord,

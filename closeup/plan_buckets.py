@@ -1,0 +1,201 @@
+"""A plan's execution contexts and CUDA graphs; see `closeup.plan_engine`. Not run on a GPU yet."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from closeup.cuda_device import Buffer, Device
+from closeup.errors import ModelError
+from closeup.tensorrt_package import Messages, explain
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanParts:
+    """What a plan needs of its surroundings; tests give their own.
+
+    Attributes:
+        trt: the module ``tensorrt`` or ``tensorrt_rtx``.
+        device: the GPU.
+        workspace: activation memory, shared by the process.
+        messages: TensorRT's log.
+        logger: writes into them; lives as long as the engine.
+    """
+
+    trt: Any
+    device: Device
+    workspace: Buffer
+    messages: Messages
+    logger: Any
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Bucket:
+    """An execution context for one combination of input shapes.
+
+    Attributes:
+        context: TensorRT's, with its profile and input shapes set.
+        output_shapes: by name.
+        workspace_bytes: activation memory that it needs.
+        addresses: of the buffers that it was given last, the workspace first.
+        runs: since those addresses.
+        graph: of a run with those addresses; None before the second run, or where it cannot be
+            captured.
+    """
+
+    context: Any
+    output_shapes: Mapping[str, tuple[int, ...]]
+    workspace_bytes: int
+    addresses: tuple[int, ...] = ()
+    runs: int = 0
+    graph: int | None = None
+
+
+class PlanBuckets:
+    """A plan's execution contexts, one for each combination of input shapes, and their graphs.
+
+    Args:
+        engine: TensorRT's.
+        parts: its surroundings.
+        limit: contexts kept with a graph each; 0: one context, and no graphs.
+    """
+
+    def __init__(self, engine: Any, parts: PlanParts, limit: int) -> None:
+        self._engine = engine
+        self._parts = parts
+        self._limit = limit
+        self._buckets: OrderedDict[tuple[int, Shapes], Bucket] = OrderedDict()
+        self.made = 0
+
+    def __len__(self) -> int:
+        """Contexts that are kept."""
+        return len(self._buckets)
+
+    def get(self, profile: int, shapes: Mapping[str, tuple[int, ...]]) -> Bucket:
+        """Return the context for these shapes, made when it is not there.
+
+        Args:
+            profile: index of the optimization profile.
+            shapes: of every input.
+
+        Raises:
+            ModelError: TensorRT refuses.
+        """
+        key = profile, tuple(shapes.values())
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            while len(self._buckets) >= max(self._limit, 1):
+                self._forget(next(iter(self._buckets)))
+            bucket = self._buckets[key] = self._make(profile, shapes)
+            self.made += 1
+        self._buckets.move_to_end(key)
+        return bucket
+
+    def execute(self, bucket: Bucket, buffers: Mapping[str, int]) -> bool:
+        """Queue one run, by a graph where there is one.
+
+        The first run with given addresses goes without: TensorRT finishes there what a change of
+        shapes left to do. The second is captured.
+
+        Args:
+            bucket: of `get`.
+            buffers: device addresses of all inputs and outputs.
+
+        Returns:
+            Whether a graph was launched.
+
+        Raises:
+            ModelError: TensorRT refuses.
+        """
+        self._place(bucket, buffers)
+        bucket.runs += 1
+        device = self._parts.device
+        if bucket.runs == 2 and self._limit > 0:
+            bucket.graph = device.capture(lambda: self._enqueue(bucket))
+        if bucket.graph is not None:
+            device.launch(bucket.graph)
+            return True
+        if not self._enqueue(bucket):
+            raise ModelError(f"a run in TensorRT failed: {self._reason()}.")
+        return False
+
+    def close(self) -> None:
+        """Destroy every graph and context."""
+        for key in list(self._buckets):
+            self._forget(key)
+        self._engine = None
+
+    def _enqueue(self, bucket: Bucket) -> bool:
+        return bool(bucket.context.execute_async_v3(self._parts.device.stream))
+
+    def _make(self, profile: int, shapes: Mapping[str, tuple[int, ...]]) -> Bucket:
+        strategy = self._parts.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy)
+        stream = self._parts.device.stream
+        if context is None or not context.set_optimization_profile_async(profile, stream):
+            raise ModelError(f"TensorRT gives no execution context: {self._reason()}.")
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise ModelError(f"TensorRT refuses {name} {shape}: {self._reason()}.")
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        outputs = {
+            name: tuple(int(side) for side in context.get_tensor_shape(name))
+            for name in names
+            if name not in shapes
+        }
+        if any(side < 0 for shape in outputs.values() for side in shape):
+            raise ModelError(f"the plan's outputs {outputs} depend on values; expected shapes.")
+        need = _workspace_bytes(self._engine, profile)
+        return Bucket(context=context, output_shapes=outputs, workspace_bytes=need)
+
+    def _place(self, bucket: Bucket, buffers: Mapping[str, int]) -> None:
+        """Give the context its buffers where they are others than at its last run."""
+        workspace = self._parts.workspace
+        if workspace.size_bytes < bucket.workspace_bytes:
+            self._parts.device.synchronize()
+            workspace.reserve(bucket.workspace_bytes)
+        addresses = (workspace.address, *buffers.values())
+        if addresses == bucket.addresses:
+            return
+        self._drop_graph(bucket)
+        bucket.runs = 0
+        bucket.addresses = ()
+        if bucket.workspace_bytes:
+            _give_workspace(bucket.context, workspace)
+        for name, address in buffers.items():
+            if not bucket.context.set_tensor_address(name, address):
+                raise ModelError(f"TensorRT refuses the buffer of {name}: {self._reason()}.")
+        bucket.addresses = addresses
+
+    def _forget(self, key: tuple[int, Shapes]) -> None:
+        self._parts.device.synchronize()
+        bucket = self._buckets.pop(key)
+        self._drop_graph(bucket)
+        bucket.context = None
+
+    def _drop_graph(self, bucket: Bucket) -> None:
+        graph, bucket.graph = bucket.graph, None
+        if graph is not None:
+            self._parts.device.drop(graph)
+
+    def _reason(self) -> str:
+        reason = explain(self._parts.messages.errors)
+        self._parts.messages.errors.clear()  # the next failure has its own
+        return reason
+
+
+def _workspace_bytes(engine: Any, profile: int) -> int:
+    """Activation memory of a profile; TensorRT 10's first releases have the older name alone."""
+    ask = getattr(engine, "get_device_memory_size_for_profile_v2", None)
+    return int((ask or engine.get_device_memory_size_for_profile)(profile))
+
+
+def _give_workspace(context: Any, workspace: Buffer) -> None:
+    if hasattr(context, "set_device_memory"):
+        context.set_device_memory(workspace.address, workspace.size_bytes)
+    else:
+        context.device_memory = workspace.address

@@ -35,6 +35,10 @@ lint: setup  ## ruff and mypy --strict, tests included
 bench: setup  ## compare with diffusers in PyTorch; prints a table and writes benchmarks/results/
 	$(BIN)/python -m benchmarks
 
+likeness: setup  ## compare face passes by likeness; prints a table and writes benchmarks/results/
+	$(BIN)/python -m demo.run --export-only
+	$(BIN)/python -m benchmarks.likeness
+
 demo-train: setup  ## train the demo model; resumable, hours on two cores
 	nice -n 19 $(BIN)/python -m demo.train
 
@@ -42,4 +46,4 @@ tables: setup  ## rewrite the tables and files that are made from the code
 	$(BIN)/python -m export.tables
 	$(BIN)/python client/generate_fields.py
 
-.PHONY: help setup run serve test lint bench demo-train tables
+.PHONY: help setup run serve test lint bench likeness demo-train tables

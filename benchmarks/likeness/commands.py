@@ -61,9 +61,8 @@ def benchmark_prompts(options: argparse.Namespace) -> list[Prompt]:
 
 def run_command(options: argparse.Namespace) -> Found:
     """Compare all methods."""
-    judge = Judge()
     with open_studio(options) as studio:
-        bases = studio.paint(benchmark_prompts(options))
+        judge, bases = Judge(), studio.paint(benchmark_prompts(options))
         print(f"{len(bases)} base pictures", flush=True)
         bench = Bench(studio, judge, bases)
         results: dict[str, Results] = {name: Results() for name in METHODS}
@@ -143,9 +142,9 @@ def sweep_command(options: argparse.Namespace) -> Found:
         tunings = {text: make_tuning(options.parameter, text) for text in options.values}
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    judge, results = Judge(), {"no pass": Results()}
+    results = {"no pass": Results()}
     with open_studio(options) as studio:
-        bases = studio.paint(benchmark_prompts(options))
+        judge, bases = Judge(), studio.paint(benchmark_prompts(options))
         bench = Bench(studio, judge, bases)
         methods = {"no pass": METHODS["no pass"]}
         for _, _, added in bench.compare(methods):
@@ -166,10 +165,9 @@ def sweep_command(options: argparse.Namespace) -> Found:
 
 def worst_command(options: argparse.Namespace) -> Found:
     """Write a sheet of the faces that closeup did least good."""
-    judge = Judge()
     shown: list[tuple[tuple[float, ...], str, list[Cell]]] = []
     with open_studio(options) as studio:
-        bases = studio.paint(benchmark_prompts(options))
+        judge, bases = Judge(), studio.paint(benchmark_prompts(options))
         bench = Bench(studio, judge, bases)
         for base, done, results in bench.compare({"closeup": METHODS["closeup"]}):
             shown += _ranked(base, done["closeup"], results["closeup"])

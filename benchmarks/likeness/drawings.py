@@ -148,11 +148,20 @@ class TrainingSet:
         seen = ~np.isnan(self.boxes[:, 0]).reshape(-1, 2)
         self.people = np.flatnonzero(seen.all(1))
 
-    def draw(self, people: int, others: int, random: np.random.Generator) -> Batch:
-        """Draw a batch."""
+    def draw(
+        self, people: int, others: int, random: np.random.Generator, severity: float = 1.0
+    ) -> Batch:
+        """Draw a batch.
+
+        Args:
+            people: how many, twice each.
+            others: squares without a face.
+            random: decides everything.
+            severity: share of the crops that may be damaged, 0 to 1.
+        """
         chosen = random.choice(self.people, people, replace=False)
         rows = [*(2 * chosen), *(2 * chosen + 1)]
-        crops, labels = zip(*(self._face(int(row), random) for row in rows), strict=True)
+        crops, labels = zip(*(self._face(int(row), random, severity) for row in rows), strict=True)
         none = labels_of({}, face=False, pair=False)
         blanks = [self._other(random) for _ in range(others)]
         return Batch(
@@ -161,7 +170,9 @@ class TrainingSet:
             people=people,
         )
 
-    def _face(self, row: int, random: np.random.Generator) -> tuple[Pixels, npt.NDArray[np.int8]]:
+    def _face(
+        self, row: int, random: np.random.Generator, severity: float
+    ) -> tuple[Pixels, npt.NDArray[np.int8]]:
         image, labels = self.images[row], self.labels[row].copy()
         if random.random() < _BROKEN_SHARE:
             side = int(random.integers(2))
@@ -177,6 +188,8 @@ class TrainingSet:
             factor=2.1 * (0.88 + 0.28 * random.random()),
             shift=(float(shift[0]), float(shift[1])),
         )
+        if random.random() >= severity:
+            return crop, labels
         damaged = damage(crop, random)
         if damaged.resolution_px < _EYES_FROM_PX:
             labels[_HEAD_NAMES.index(EYES_MATCH)] = UNKNOWN

@@ -163,9 +163,8 @@ def hard_latent_mask(mask: Pixels, area: Area, latent_px: int) -> Floats:
     StableDiffusionProcessingImg2Img.init; soft inpainting is off by default.
     """
     x0, y0, x1, y1 = area
-    small = Image.fromarray(mask[y0:y1, x0:x1]).resize(
-        (latent_px, latent_px), Image.Resampling.BICUBIC
-    )
+    part = Image.fromarray(mask[y0:y1, x0:x1])
+    small = part.resize((latent_px, latent_px), Image.Resampling.BICUBIC)
     rounded: Floats = np.round(np.asarray(small, np.float32) / 255)
     return rounded[None, None]
 

@@ -14,8 +14,8 @@ FACE, EYES_MATCH = "face", "eyes match"
 HEADS: dict[str, tuple[str, ...]] = {**ATTRIBUTES, FACE: (NO, YES), EYES_MATCH: (NO, YES)}
 """Attributes, whether it is a face at all, and whether its two eyes are a pair."""
 EMBEDDING = 64
-_WIDTHS = (24, 32, 56, 80)
-_FEATURES = 128
+#: Side of the middle of a crop that holds the face itself, px.
+_MIDDLE_PX = 76
 
 
 def _convolution(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -27,33 +27,47 @@ def _convolution(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1)
 
 
 class JudgeNetwork(nn.Module):
-    """Convolutions down to a grid of 8x8, which keeps left and right eye apart.
+    """One look at the whole square at half size, one at its middle at full size.
+
+    Hair, skin and clothes are large; eyes, freckles and a mole are a few pixels in the middle. Both
+    looks end in a grid rather than a mean, which keeps left and right eye apart.
 
     `forward` takes (B, 3, 128, 128) float32 RGB in [-1, 1].
     """
 
     def __init__(self) -> None:
         super().__init__()
-        first, second, third, fourth = _WIDTHS
-        self.trunk = nn.Sequential(
-            _convolution(3, first, stride=2),
-            _convolution(first, second, stride=2),
-            _convolution(second, second),
-            _convolution(second, third, stride=2),
-            _convolution(third, third),
-            _convolution(third, fourth, stride=2),
-            _convolution(fourth, fourth),
-            _convolution(fourth, 16, kernel=1),
+        self.whole = nn.Sequential(
+            nn.AvgPool2d(2),
+            _convolution(3, 24, stride=2),
+            _convolution(24, 40, stride=2),
+            _convolution(40, 40),
+            _convolution(40, 56, stride=2),
+            _convolution(56, 12, kernel=1),
+            nn.Flatten(),
+            nn.Linear(12 * 8 * 8, 64),
+            nn.ReLU(inplace=True),
         )
-        self.features = nn.Sequential(
-            nn.Flatten(), nn.Dropout(0.1), nn.Linear(16 * 64, _FEATURES), nn.ReLU(inplace=True)
+        self.middle = nn.Sequential(
+            _convolution(3, 24),
+            _convolution(24, 32, stride=2),
+            _convolution(32, 32),
+            _convolution(32, 48, stride=2),
+            _convolution(48, 48),
+            _convolution(48, 56, stride=2),
+            _convolution(56, 16, kernel=1),
+            nn.Flatten(),
+            nn.Linear(16 * 10 * 10, 80),
+            nn.ReLU(inplace=True),
         )
-        self.heads = nn.Linear(_FEATURES, sum(map(len, HEADS.values())))
-        self.embedding = nn.Linear(_FEATURES, EMBEDDING)
+        self.heads = nn.Linear(144, sum(map(len, HEADS.values())))
+        self.embedding = nn.Linear(144, EMBEDDING)
 
     def forward(self, crops: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return logits (B, values) by head, and embeddings (B, 64) of length one."""
-        features = self.features(self.trunk(crops)).float()
+        edge = (crops.shape[-1] - _MIDDLE_PX) // 2
+        middle = crops[:, :, edge : edge + _MIDDLE_PX, edge : edge + _MIDDLE_PX]
+        features = torch.cat([self.whole(crops), self.middle(middle)], 1).float()
         parts = self.heads(features).split([len(values) for values in HEADS.values()], 1)
         return dict(zip(HEADS, parts, strict=True)), F.normalize(self.embedding(features))
 

@@ -95,7 +95,7 @@ def learn(run: Run, batch: Batch, learning_rate: float) -> None:
     loss, right = attribute_loss(logits, labels)
     pairs = pair_loss(embeddings, batch.people)
     run.advance(loss + _EMBEDDING_SHARE * pairs, learning_rate)
-    run.note({"loss": float(loss), "pairs": float(pairs), "right": right}, 50, len(batch.crops))
+    run.note({"loss": loss.item(), "pairs": pairs.item(), "right": right}, 50, len(batch.crops))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -122,7 +122,10 @@ def main(arguments: list[str] | None = None) -> None:
     while run.step < options.steps and time.monotonic() < end_s:
         # A stream of its own for every step: a resumed run goes on as if never stopped.
         random = np.random.default_rng([options.seed, run.step])
-        learn(run, data.draw(options.batch, options.batch // 6, random), schedule.at(run.step))
+        # Clean drawings first: small marks are found sooner in them.
+        severity = min(1.0, run.step / (0.4 * options.steps))
+        batch = data.draw(options.batch, options.batch // 6, random, severity)
+        learn(run, batch, schedule.at(run.step))
         if run.step % options.save_every == 0:
             run.save()
     run.save()

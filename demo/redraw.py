@@ -45,12 +45,13 @@ def denoise(
     """
     if start < 1:
         return latents
-    noise = torch.randn(latents.shape, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     steps = np.linspace(start, 0, _STEPS + 1).round().astype(int)
     sample = products[start].sqrt() * latents + (1 - products[start]).sqrt() * noise
     for now, after in zip(steps[:-1], steps[1:], strict=True):
         signal, spread = products[now].sqrt(), (1 - products[now]).sqrt()
-        velocity = unet(sample, torch.tensor(int(now)), context).sample
+        timestep = torch.tensor(int(now), device=sample.device)
+        velocity = unet(sample, timestep, context).sample
         clean, noise = signal * sample - spread * velocity, spread * sample + signal * velocity
         sample = products[after].sqrt() * clean + (1 - products[after]).sqrt() * noise
     return sample
@@ -58,25 +59,25 @@ def denoise(
 
 @torch.no_grad()
 def redraw(
-    weights: Path, data: Dataset, rows: NDArray[np.int64], noise: int, seed: int
+    weights: Path, data: Dataset, rows: NDArray[np.int64], noise: int, seed: int, device: str
 ) -> NDArray[np.uint8]:
     """The pictures of ``rows`` as the generator would paint them, (N, S, S, 3) uint8."""
-    unet, encoder = load_networks(weights, 0, 0)
+    unet, encoder = (network.to(device) for network in load_networks(weights, 0, 0))
     unet.set_attn_processor(AttnProcessor())
-    vae = load_vae(weights)
-    random, products = np.random.default_rng(seed), noise_schedule()
+    vae = load_vae(weights, device)
+    random, products = np.random.default_rng(seed), noise_schedule().to(device)
     generator = torch.Generator().manual_seed(seed)
     pictures = []
     for first in range(0, len(rows), 24):
         part = torch.from_numpy(rows[first : first + 24])
         start = 0 if random.random() < 1 / 3 else int(random.integers(60, noise))
-        context = encoder(data.tokens[part, 0].long()).last_hidden_state
-        latents = data.latents[part].float()
-        with torch.autocast("cpu", torch.bfloat16):
+        context = encoder(data.tokens[part, 0].long().to(device)).last_hidden_state
+        latents = data.latents[part].float().to(device)
+        with torch.autocast(device, torch.bfloat16):
             latents = denoise(unet, context, latents, start, products, generator)
             decoded = vae.decode(latents.float() / vae.config.scaling_factor).sample
         pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5
-        pictures.append(pixels.round().byte().permute(0, 2, 3, 1).numpy())
+        pictures.append(pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(pictures)
 
 
@@ -90,13 +91,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--noise", type=int, default=350, help="highest timestep")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     data = Dataset.load(options.pictures)
     order = np.random.default_rng(options.seed).permutation(len(data.latents))
     rows = np.sort(order[: options.count])
     options.out.mkdir(parents=True, exist_ok=True)
-    pictures = redraw(options.weights, data, rows, options.noise, options.seed)
+    pictures = redraw(options.weights, data, rows, options.noise, options.seed, options.device)
     np.save(options.out / "images.npy", pictures)
     np.save(options.out / "faces.npy", np.load(options.pictures / "faces.npy")[rows])
     print(f"{len(pictures)} pictures in {options.out.name}")

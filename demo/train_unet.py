@@ -103,13 +103,20 @@ class Dataset:
     def draw(
         self, count: int, generator: torch.Generator, dropout: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents, token ids and loss weights of random pictures, captions dropped at times."""
-        rows = torch.randint(0, len(self.latents), (count,), generator=generator)
-        wording = torch.randint(0, self.tokens.shape[1], (count,), generator=generator)
+        """Latents, token ids and loss weights of random pictures, captions dropped at times.
+
+        The generator must be on the data's device.
+        """
+        device = self.latents.device
+        rows = torch.randint(0, len(self.latents), (count,), generator=generator, device=device)
+        wording = torch.randint(
+            0, self.tokens.shape[1], (count,), generator=generator, device=device
+        )
         ids = self.tokens[rows, wording].long()
-        empty = torch.full((77,), END_TOKEN)
+        empty = torch.full((77,), END_TOKEN, device=device)
         empty[0] = START_TOKEN
-        ids[torch.rand(count, generator=generator) < dropout] = empty
+        dropped = torch.rand(count, generator=generator, device=device) < dropout
+        ids = torch.where(dropped[:, None], empty, ids)
         return self.latents[rows].float(), ids, self.weights[rows].float()
 
 
@@ -144,13 +151,16 @@ def diffusion_loss(
         latents: (B, 4, h, w) float32, scaled.
         weights: (B, 1, h, w) float32.
         products: `noise_schedule`, on the same device.
-        generator: CPU stream of noise and timesteps.
+        generator: stream of noise and timesteps, on the CPU or the latents' device.
 
     Source: Salimans & Ho 2022 (v), Hang et al. 2023, "Min-SNR weighting", eq. 10 in the v form.
     """
     device = latents.device
-    noise = torch.randn(latents.shape, generator=generator).to(device)
-    steps = torch.randint(0, len(products), (len(latents),), generator=generator).to(device)
+    source = generator.device
+    noise = torch.randn(latents.shape, generator=generator, device=source).to(device)
+    steps = torch.randint(0, len(products), (len(latents),), generator=generator, device=source).to(
+        device
+    )
     kept = products[steps][:, None, None, None]
     signal, spread = kept.sqrt(), (1 - kept).sqrt()
     velocity = signal * noise - spread * latents

@@ -88,7 +88,7 @@ def vae_loss(vae: Any, pixels: torch.Tensor, kl_weight: float) -> tuple[torch.Te
     squares = F.mse_loss(decoded, pixels)
     edges = sum(
         ((a - b).abs().mean() for a, b in zip(_edges(decoded), _edges(pixels), strict=True)),
-        start=torch.zeros(()),
+        start=torch.zeros((), device=pixels.device),
     )
     divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     loss = (decoded - pixels).abs().mean() + squares + 0.5 * edges + kl_weight * divergence
@@ -106,7 +106,9 @@ def whiten(vae: Any, pictures: NDArray[np.uint8]) -> None:
         pictures: (N, H, W, 3) uint8, a sample to measure on.
     """
     pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float()
-    latents = torch.cat([vae.encode(p / 127.5 - 1).latent_dist.mean for p in pixels.split(16)])
+    latents = torch.cat(
+        [vae.encode(p.to(vae.device) / 127.5 - 1).latent_dist.mean for p in pixels.split(16)]
+    )
     mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     out, back = vae.quant_conv, vae.post_quant_conv
     out.weight[:4] /= spread[:, None, None, None]

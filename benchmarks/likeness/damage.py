@@ -34,9 +34,9 @@ class Damaged:
 
 
 def damage(pixels: Pixels, random: np.random.Generator) -> Damaged:
-    """Damage a crop (S, S, 3) uint8 at random; one in five is left as it is."""
+    """Damage a crop (S, S, 3) uint8 at random; three in ten are left as they are."""
     side = pixels.shape[0]
-    if random.random() < 0.2:
+    if random.random() < 0.3:
         return Damaged(pixels=pixels, resolution_px=float(side))
     resolution = float(side)
     if random.random() < 0.6:

@@ -291,9 +291,9 @@ METHODS: dict[str, Method] = {
     "no pass": no_pass,
     "closeup": closeup_pass,
     "ADetailer's defaults": partial(adetailer_pass, suffix=False),
-    "the same, with the suffix": partial(adetailer_pass, suffix=True),
+    "ADetailer's defaults + suffix": partial(adetailer_pass, suffix=True),
     "Astria's first recipe": partial(astria_pass, suffix=False),
-    "the same, with the suffix ": partial(astria_pass, suffix=True),
+    "Astria's first recipe + suffix": partial(astria_pass, suffix=True),
 }
 """Name -> method. The suffix is the model's own (``face_prompt_suffix``), which only closeup adds
 by itself; the rows with it show what is left of the difference when the others get it too."""

@@ -7,8 +7,8 @@ DEFAULT_REQUEST: dict[str, object] = {
     "seed": 5,
     "steps": 20,
     "scheduler": "euler_a",
-    "w": 128,
-    "h": 128,
+    "w": 192,
+    "h": 192,
     "super_resolution": True,
     "inpaint_faces": True,
 }

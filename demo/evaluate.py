@@ -23,7 +23,7 @@ from closeup.detection import (
 )
 from demo.attributes import Framing, sample_scene
 from demo.latents import load_vae, round_trip
-from demo.pictures import face_rows
+from demo.pictures import NATIVE_PX, face_rows
 from demo.sample import HELD_OUT_SEED
 from demo.training import WEIGHTS
 from demo.world import draw_scene
@@ -34,7 +34,7 @@ Floats = NDArray[np.float64]
 
 
 def held_out_pictures(
-    count: int, size: int = 128, framing: Framing | None = None
+    count: int, size: int = NATIVE_PX, framing: Framing | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Pictures (N, S, S, 3) that no training set holds, and their face rows (N, 3, 14)."""
     drawn = [
@@ -116,10 +116,13 @@ def evaluate_detector(model: FaceDetector, vae: Any, count: int) -> dict[str, fl
 
 @torch.no_grad()
 def evaluate_upscaler(path: Path, vae: Any, count: int) -> dict[str, float]:
-    """PSNR and SSIM of x4 enlargements beside bicubic and Lanczos, at 512 px."""
+    """PSNR and SSIM of x4 enlargements beside bicubic and Lanczos, of native-size pictures."""
     network = load_upscaler(path).network
-    large, _ = held_out_pictures(count, size=512)
-    small = np.stack([cv2.resize(p, (128, 128), interpolation=cv2.INTER_AREA) for p in large])
+    side = 4 * NATIVE_PX
+    large, _ = held_out_pictures(count, size=side)
+    small = np.stack(
+        [cv2.resize(p, (NATIVE_PX, NATIVE_PX), interpolation=cv2.INTER_AREA) for p in large]
+    )
     figures: dict[str, float] = {}
     for kind, shown in (("drawn", small), ("vae", round_trip(vae, small))):
         enlarged = {"network": [], "bicubic": [], "lanczos": []}  # type: dict[str, list[Any]]
@@ -128,7 +131,7 @@ def evaluate_upscaler(path: Path, vae: Any, count: int) -> dict[str, float]:
             out = (network(pixels).clamp(0, 1)[0] * 255).round().byte().permute(1, 2, 0).numpy()
             enlarged["network"].append(out)
             for name, method in (("bicubic", cv2.INTER_CUBIC), ("lanczos", cv2.INTER_LANCZOS4)):
-                enlarged[name].append(cv2.resize(picture, (512, 512), interpolation=method))
+                enlarged[name].append(cv2.resize(picture, (side, side), interpolation=method))
         for name, pictures in enlarged.items():
             figures[f"{kind}_{name}_psnr"] = round(psnr(np.stack(pictures), large), 2)
             scores = [ssim(a, b) for a, b in zip(pictures, large, strict=True)]

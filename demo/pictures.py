@@ -28,6 +28,8 @@ from demo.world import Picture, draw_scene, face_view
 
 WORDINGS = 4
 MAX_FACES = 3
+NATIVE_PX = 192
+"""Side of the pictures that the demo model paints."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +45,7 @@ class PictureSet:
 
     count: int
     seed: int = 0
-    size: int = 128
+    size: int = NATIVE_PX
     crops: float = 0.35
 
 
@@ -142,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=CACHE / "train")
     parser.add_argument("--count", type=int, default=24000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--size", type=int, default=NATIVE_PX)
     parser.add_argument("--crops", type=float, default=0.35)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(arguments)

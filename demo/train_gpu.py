@@ -26,7 +26,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from demo.picture_stream import PictureStream
-from demo.pictures import PictureSet
+from demo.pictures import NATIVE_PX, PictureSet
 from demo.train_unet import (
     Dataset,
     diffusion_loss,
@@ -111,6 +111,7 @@ def train_vae(vae: Any, stream: PictureStream, options: argparse.Namespace) -> N
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
     )
+    vae.train()
     run = Run(
         folder=options.run, modules={"vae": vae}, optimizer=optimizer,
         average=Average(vae.parameters(), 0.998), generator=torch.Generator(),
@@ -129,6 +130,16 @@ def train_vae(vae: Any, stream: PictureStream, options: argparse.Namespace) -> N
     run.average.swap()
     vae.eval()
     whiten(vae, stream.images[: options.vae_pictures][:512])
+
+
+def start_vae(options: argparse.Namespace) -> Any:
+    """The VAE on the device: ``--vae-start``'s, or untrained."""
+    vae = build_vae()
+    if options.vae_start:
+        vae = AutoencoderKL.from_pretrained(options.vae_start, torch_dtype=torch.float32)
+    vae = vae.to(options.device, memory_format=torch.channels_last)
+    vae.register_to_config(sample_size=options.size)
+    return vae
 
 
 class GrowingData:
@@ -163,7 +174,10 @@ class GrowingData:
     @torch.no_grad()
     def grow(self, least: int) -> None:
         """Encode whole batches of new pictures, waiting until ``least`` are encoded in all."""
-        while self.count < least or self.count + _ENCODE_BATCH <= self._stream.ready:
+        end_s = time.monotonic() + 15
+        while self.count < least or (
+            self.count + _ENCODE_BATCH <= self._stream.ready and time.monotonic() < end_s
+        ):
             end = min(self.count + _ENCODE_BATCH, self._stream.count)
             if end > self._stream.ready:
                 time.sleep(0.2)
@@ -207,6 +221,17 @@ def start_networks(options: argparse.Namespace) -> Run:
     )  # fmt: skip
 
 
+def unet_loss(
+    run: Run, unet: Callable[..., Any], batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    products: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """`diffusion_loss` of latents, token ids and weights, as `Dataset.draw` gives them."""
+    latents, ids, weights = batch
+    with torch.autocast(latents.device.type, torch.bfloat16):
+        context = run.modules["text_encoder"](ids).last_hidden_state
+    return diffusion_loss(unet, context, latents, weights, products, run.generator)
+
+
 def compile_unet(run: Run, options: argparse.Namespace) -> Callable[..., Any]:
     """The UNet compiled for one batch size and tried both ways; plain if that fails."""
     unet: Any = run.modules["unet"]
@@ -215,12 +240,11 @@ def compile_unet(run: Run, options: argparse.Namespace) -> Callable[..., Any]:
     started_s, side = time.monotonic(), options.size // 8
     compiled = torch.compile(unet, dynamic=False)
     try:
+        # Through the very function that trains: a context of another dtype compiles it again.
         latents = torch.randn(options.batch, 4, side, side, device=options.device)
-        loss = diffusion_loss(
-            compiled, torch.randn(options.batch, 77, 128, device=options.device), latents,
-            torch.ones_like(latents[:, :1]), noise_schedule().to(options.device), run.generator,
-        )  # fmt: skip
-        loss.backward()
+        ids = torch.zeros(options.batch, 77, dtype=torch.long, device=options.device)
+        batch = (latents, ids, torch.ones_like(latents[:, :1]))
+        unet_loss(run, compiled, batch, noise_schedule().to(options.device)).backward()
         run.optimizer.zero_grad(set_to_none=True)
     except Exception as error:  # whatever the compiler raises, training must go on
         print(f"not compiled: {type(error).__name__}: {str(error)[:300]}", flush=True)
@@ -234,18 +258,17 @@ def train_unet(
     options: argparse.Namespace,
 ) -> None:  # fmt: skip
     """Optimize UNet and text encoder for ``seconds``."""
-    products, encoder = noise_schedule().to(options.device), run.modules["text_encoder"]
+    products = noise_schedule().to(options.device)
     clock = Clock(
         seconds=seconds, learning_rate=options.learning_rate, cooldown=options.cooldown, warmup=200
     )
+    torch.backends.cudnn.benchmark = True
     total, noted_s = torch.zeros((), device=options.device), time.monotonic()
     while clock.share < 1:
         if run.step % 100 == 0 and clock.share < 0.8:
             growing.grow(0)
-        latents, ids, weights = growing.data.draw(options.batch, run.generator, options.dropout)
-        with torch.autocast(latents.device.type, torch.bfloat16):
-            context = encoder(ids).last_hidden_state
-        loss = diffusion_loss(unet, context, latents, weights, products, run.generator)
+        batch = growing.data.draw(options.batch, run.generator, options.dropout)
+        loss = unet_loss(run, unet, batch, products)
         run.advance(loss, clock.rate(run.step))
         total += loss.detach()
         if run.step % 200 == 0:
@@ -260,8 +283,9 @@ def train_unet(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="of everything")
-    parser.add_argument("--vae-minutes", type=float, default=1.5)
-    parser.add_argument("--size", type=int, default=192, help="side of the pictures, px")
+    parser.add_argument("--vae-minutes", type=float, default=1.5,
+                        help="0 leaves --vae-start as it is")  # fmt: skip
+    parser.add_argument("--size", type=int, default=NATIVE_PX, help="side of the pictures, px")
     parser.add_argument("--count", type=int, default=240000, help="pictures at most")
     parser.add_argument("--crops", type=float, default=0.4, help="share of tight face crops")
     parser.add_argument("--workers", type=int, default=15)
@@ -287,24 +311,22 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """Render, train, export."""
     options, started_s = _parser().parse_args(arguments), time.monotonic()
+    if options.vae_minutes <= 0 and not options.vae_start:
+        raise SystemExit("--vae-minutes is 0: name the VAE to use with --vae-start.")
     wanted = PictureSet(
         count=options.count, seed=options.seed, size=options.size, crops=options.crops
     )
     stream = PictureStream(options.cache, options.start, wanted, options.workers)
     torch.manual_seed(options.seed)
-    torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     run = start_networks(options)
     unet = compile_unet(run, options)
     while stream.ready < min(_FIRST_PICTURES, options.count):
         time.sleep(0.5)
     _report({"pictures": stream.ready, "seconds": time.monotonic() - started_s})
-    vae = build_vae()
-    if options.vae_start:
-        vae = AutoencoderKL.from_pretrained(options.vae_start, torch_dtype=torch.float32)
-    vae = vae.to(options.device, memory_format=torch.channels_last).train()
-    vae.register_to_config(sample_size=options.size)
-    train_vae(vae, stream, options)
+    vae = start_vae(options)
+    if options.vae_minutes > 0:
+        train_vae(vae, stream, options)
     growing = GrowingData(vae, stream, options.device)
     _report({"encoded": growing.count, "seconds": time.monotonic() - started_s,
              "spread": float(growing.data.latents[:2048].float().std())})  # fmt: skip

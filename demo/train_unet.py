@@ -28,7 +28,7 @@ _FACE_WEIGHT = 2.0
 _SNR_CAP = 5.0
 
 
-def build_unet(sample_size: int = 16) -> Any:
+def build_unet(sample_size: int = 24) -> Any:
     """The untrained UNet, 10.9 M parameters, at ``sample_size`` latents a side."""
     return UNet2DConditionModel(
         sample_size=sample_size,

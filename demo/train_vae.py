@@ -29,7 +29,7 @@ def build_vae() -> Any:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
-        sample_size=128,
+        sample_size=192,
     )
 
 

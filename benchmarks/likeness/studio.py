@@ -210,9 +210,10 @@ class Studio:
 
 
 def _fingerprint(repository: Path, lora_dir: Path) -> str:
-    """Digest of everything that a base picture depends on, the code left out."""
+    """Digest of all weights that a base picture depends on: not of the detector's, nor of code."""
     digest = hashlib.sha256()
     # The manifests hold the digests of the engines.
-    for path in [*sorted(repository.glob("*/manifest.json")), *sorted(lora_dir.glob("*"))]:
+    manifests = (p for p in repository.glob("*/manifest.json") if p.parent.name != "face_detector")
+    for path in [*sorted(manifests), *sorted(lora_dir.glob("*"))]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

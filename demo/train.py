@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STEPS: tuple[tuple[str, ...], ...] = (
     ("demo.pictures", "--count", "24000"),
-    ("demo.pictures", "--out", "demo/cache/large", "--count", "500", "--size", "768",
+    ("demo.pictures", "--out", "demo/cache/large", "--count", "700", "--size", "512",
      "--seed", "10000000"),
     ("demo.train_vae", "--resume"),
     ("demo.latents",),

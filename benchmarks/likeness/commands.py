@@ -1,0 +1,213 @@
+"""The commands of ``python -m benchmarks.likeness``; each yields sections and data for JSON."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.likeness import detector, tables
+from benchmarks.likeness.accuracy import accuracy_section
+from benchmarks.likeness.compare import Bench, Results, match_people, reference_crops
+from benchmarks.likeness.crops import cut_face
+from benchmarks.likeness.generator import (
+    attributes_section,
+    generator_section,
+    held_out_prompts,
+    judge_pictures,
+    write_generator_sheets,
+)
+from benchmarks.likeness.judge import Judge
+from benchmarks.likeness.methods import METHODS
+from benchmarks.likeness.metrics import Outcome
+from benchmarks.likeness.prompts import Group, Prompt, make_prompts
+from benchmarks.likeness.sheets import Cell, write_sheet
+from benchmarks.likeness.studio import Base, Studio, Timed
+from benchmarks.likeness.sweeps import make_tuning
+from benchmarks.results import Section
+
+Found = Iterator[Section | dict[str, object]]
+GROUPS = (Group.LONG, Group.LORA, Group.CROWD)
+_TOLD_EVERY = 10
+_WORST_PX = 224
+
+
+def open_studio(options: argparse.Namespace) -> Studio:
+    """Open the engines.
+
+    Raises:
+        SystemExit: the demo model is not exported.
+    """
+    if not (options.repository / "models.json").is_file():
+        raise SystemExit(
+            "the repository holds no model: run python -m demo.run --export-only, or name another "
+            "one with --repository."
+        )
+    cache = None if options.no_cache else options.out / "bases"
+    return Studio(options.repository, options.lora_dir, cache)
+
+
+def benchmark_prompts(options: argparse.Namespace) -> list[Prompt]:
+    """Return the prompts of all groups: as many long shots as asked for, the others in ratio."""
+    counts = {
+        Group.LONG: options.count,
+        Group.LORA: max(1, options.count // 2),
+        Group.CROWD: max(1, options.count * 3 // 10),
+    }
+    return [p for group, count in counts.items() for p in make_prompts(options.split, group, count)]
+
+
+def run_command(options: argparse.Namespace) -> Found:
+    """Compare all methods."""
+    with open_studio(options) as studio:
+        judge, bases = Judge(), studio.paint(benchmark_prompts(options))
+        print(f"{len(bases)} base pictures", flush=True)
+        bench = Bench(studio, judge, bases)
+        results: dict[str, Results] = {name: Results() for name in METHODS}
+        for number, (_, _, added) in enumerate(bench.compare(METHODS), start=1):
+            _add(results, added)
+            if number % _TOLD_EVERY == 0:
+                print(f"{number} of {len(bases)} pictures compared", flush=True)
+    for group in GROUPS:
+        yield tables.group_section(results, [group], f"Likeness, {group.value}")
+    everything = tables.group_section(results, GROUPS, "Likeness, all pictures")
+    yield dataclasses.replace(everything, notes=(*everything.notes, *_notes(bench, results)))
+    yield tables.attribute_section(results, "Attributes right after each method, all pictures")
+    yield {
+        "margin": bench.margin,
+        "results": {n: dataclasses.asdict(r) for n, r in results.items()},
+    }
+
+
+def _add(results: Mapping[str, Results], added: Mapping[str, Results]) -> None:
+    for name, result in added.items():
+        results[name].faces += result.faces
+        results[name].pictures += result.pictures
+
+
+def _notes(bench: Bench, results: Mapping[str, Results]) -> list[str]:
+    behind = tables.behind(results)
+    return [
+        "Attributes right: of those that the prompt names. Cosine: between the judge's embeddings "
+        "of the face and of clean drawings of the same person. Improved: one of the two rose and "
+        "the other did not fall; worsened: one fell and the other did not rise; mixed: one rose, "
+        f"one fell. A change of the cosine of up to {bench.margin:.4f} counts as none: so much "
+        "does it change when the same face is cut out 1 % further to the side.",
+        "Seam: mean growth of the steps between neighbouring pixels, weighted with the mask's own "
+        "step, in levels of 255. Beyond the faces: their boxes grown by half. Seconds: the whole "
+        "pass, finding the faces included, over the faces repainted.",
+        "Columns in which another pass is ahead of closeup: " + (", ".join(behind) or "none") + ".",
+    ]
+
+
+def judge_command(options: argparse.Namespace) -> Found:
+    """Measure the judge on held-out drawings."""
+    yield accuracy_section(Judge(), options.count)
+
+
+def generator_command(options: argparse.Namespace) -> Found:
+    """Measure the generator on held-out captions."""
+    with open_studio(options) as studio:
+        painted = judge_pictures(studio, Judge(), held_out_prompts(options.count))
+    yield generator_section(painted)
+    yield attributes_section(painted)
+    for path in write_generator_sheets(options.out, painted):
+        print(f"written: {path.name} in {path.parent.name}/")
+
+
+def detector_command(options: argparse.Namespace) -> Found:
+    """Measure the detector, or propose truth."""
+    ours_path = options.repository / "face_detector" / "1" / "model.onnx"
+    with open_studio(options) as studio:
+        bases, fingerprint = studio.paint(detector.detector_prompts()), studio.fingerprint
+    if options.propose:
+        paths = [path for path in (ours_path, options.yunet) if path.is_file()]
+        proposing = [detector.detector_from(path, score=detector.PROPOSED_FROM) for path in paths]
+        boxes = detector.propose(bases, proposing, options.out)
+        target = options.out / "truth.json"
+        detector.write_truth(target, fingerprint, boxes, "proposals, not checked yet")
+        print(f"written: {target.name} and detector-*.png in {options.out.name}/; check it, then "
+              f"move it to {detector.TRUTH.parent.name}/")  # fmt: skip
+        return
+    truth = detector.read_truth(detector.TRUTH, fingerprint)
+    yunet = detector.detector_from(options.yunet) if options.yunet.is_file() else None
+    yield detector.detector_section(bases, truth, detector.detector_from(ours_path), yunet)
+
+
+def sweep_command(options: argparse.Namespace) -> Found:
+    """Try several values of one parameter of closeup's face pass."""
+    try:
+        tunings = {text: make_tuning(options.parameter, text) for text in options.values}
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    results = {"no pass": Results()}
+    with open_studio(options) as studio:
+        judge, bases = Judge(), studio.paint(benchmark_prompts(options))
+        bench = Bench(studio, judge, bases)
+        methods = {"no pass": METHODS["no pass"]}
+        for _, _, added in bench.compare(methods):
+            _add(results, added)
+        for text, tuning in tunings.items():
+            name = f"{options.parameter} {text}"
+            results[name] = Results()
+            try:
+                for _, _, added in bench.compare({name: METHODS["closeup"]}, tuning):
+                    _add(results, added)
+            except ValueError as error:
+                raise SystemExit(f"{name}: {error}") from None
+            print(f"{name} done", flush=True)
+    for group in (*GROUPS, None):
+        chosen, title = ([group], group.value) if group else (GROUPS, "all pictures")
+        yield tables.group_section(results, chosen, f"{options.parameter}: {title}")
+
+
+def worst_command(options: argparse.Namespace) -> Found:
+    """Write a sheet of the faces that closeup did least good."""
+    shown: list[tuple[tuple[float, ...], str, list[Cell]]] = []
+    with open_studio(options) as studio:
+        judge, bases = Judge(), studio.paint(benchmark_prompts(options))
+        bench = Bench(studio, judge, bases)
+        for base, done, results in bench.compare({"closeup": METHODS["closeup"]}):
+            shown += _ranked(base, done["closeup"], results["closeup"])
+    shown.sort(key=lambda item: item[0])
+    worst = shown[: options.results]
+    path: Path = options.out / "worst.png"
+    write_sheet(path, [cells for _, _, cells in worst], _WORST_PX)
+    for number, (_, text, _) in enumerate(worst, start=1):
+        print(f"{number}: {text}")
+    print(f"written: {path.name} in {path.parent.name}/: base picture, face before, after, drawn")
+    yield from ()
+
+
+def _ranked(base: Base, timed: Timed, results: Results) -> list[tuple[Any, str, list[Cell]]]:
+    """Return for every person a rank (lowest is worst), a description, and a row of the sheet."""
+    ranked = []
+    matched: Sequence[int | None] = match_people(base)
+    for face, index in zip(results.faces, matched, strict=True):
+        person = base.prompt.people[face.person]
+        drawn = reference_crops(person, base.prompt.seed + 100 * face.person)[0]
+        words = f"seed {face.seed}, person {face.person}, {face.outcome.value}: {base.prompt.text}"
+        if index is None or face.before is None or face.after is None:
+            cells = [(base.picture, f"{face.seed}: no face"), (drawn, "drawn")]
+            ranked.append(((0.0, 0.0), words, cells))
+            continue
+        box, named = base.faces[index].box, len(person.truth)
+        wrong = [name for name, right in face.after.right.items() if not right]
+        cells = [
+            (base.picture, f"{face.seed}.{face.person} {face.outcome.value}"),
+            *(
+                (cut_face(pixels, box), f"{side.count} of {named}, {side.cosine:.3f}")
+                for pixels, side in (
+                    (base.picture, face.before),
+                    (timed.result.pixels, face.after),
+                )
+            ),
+            (drawn, "drawn; wrong: " + (", ".join(wrong) or "none")),
+        ]
+        fell = face.outcome is Outcome.WORSENED
+        gained = face.after.count - face.before.count
+        rank = (float(not fell), gained + face.after.cosine - face.before.cosine)
+        ranked.append((rank, words, cells))
+    return ranked

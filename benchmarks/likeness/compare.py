@@ -1,0 +1,272 @@
+"""Every method on the same base pictures, judged face by face."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.likeness.crops import cut_face
+from benchmarks.likeness.judge import Judge, Reading, mean_embedding
+from benchmarks.likeness.matching import match_faces
+from benchmarks.likeness.metrics import (
+    Outcome,
+    box_area,
+    changed_outside,
+    outcome_of,
+    seam_score,
+)
+from benchmarks.likeness.prompts import Character, Group, Prompt
+from benchmarks.likeness.studio import Base, Method, Studio, Timed, Tuning
+from benchmarks.likeness.subjects import REFERENCE_SEED, clean_crop, described_person
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Box = tuple[float, float, float, float]
+#: Drawings behind a reference: what a prompt leaves open differs among them.
+REFERENCES = 12
+#: Bytes changed further from a face than its box grown by this share count as beyond it.
+BOX_GROWN = 0.5
+_NOISE_QUANTILE, _NOISE_SHIFT = 0.95, (0.01, 0.01)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Likeness:
+    """How like its person a face is.
+
+    Attributes:
+        right: attribute -> whether it is as the prompt says, for those that it names.
+        cosine: to the same person drawn cleanly.
+        eyes_match: probability that the eyes are a pair.
+        face: probability that it is a face.
+    """
+
+    right: dict[str, bool]
+    cosine: float
+    eyes_match: float
+    face: float
+
+    @property
+    def count(self) -> int:
+        """Attributes that are right."""
+        return sum(self.right.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaceResult:
+    """One person of one prompt after one method.
+
+    Attributes:
+        seed: of the prompt.
+        person: index in the prompt.
+        group: of the prompt.
+        before: in the base picture; None when no face was found for this person.
+        after: the same face after the method.
+        outcome: what became of it; unchanged when no face was found.
+    """
+
+    seed: int
+    person: int
+    group: Group
+    before: Likeness | None
+    after: Likeness | None
+    outcome: Outcome
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PictureResult:
+    """One picture after one method.
+
+    Attributes:
+        seed: of the prompt.
+        group: of the prompt.
+        faces: repainted.
+        seam: `seam_score`; None when nothing was repainted.
+        outside_mask: bytes changed where the method's own mask is 0.
+        beyond_faces: bytes changed beyond the faces' boxes, grown by `BOX_GROWN`.
+        wall_s: of the whole pass.
+        cpu_s: likewise.
+    """
+
+    seed: int
+    group: Group
+    faces: int
+    seam: float | None
+    outside_mask: int
+    beyond_faces: int
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(slots=True)
+class Results:
+    """What one method came to."""
+
+    faces: list[FaceResult] = field(default_factory=list)
+    pictures: list[PictureResult] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """A base picture and who is in it.
+
+    Attributes:
+        base: the picture.
+        boxes: of each person's face in it; None where none was found.
+        references: embedding of each person drawn cleanly.
+        before: likeness of each person in the base picture.
+    """
+
+    base: Base
+    boxes: tuple[Box | None, ...]
+    references: tuple[Floats, ...]
+    before: tuple[Likeness | None, ...]
+
+
+class Bench:
+    """Judges methods on base pictures.
+
+    Args:
+        studio: paints.
+        judge: looks.
+        bases: the pictures.
+
+    Attributes:
+        margin: a change of the cosine of up to this is noise: the 95th percentile of what it
+            changes when the same faces are cut out 1 % of the square further right and down.
+    """
+
+    def __init__(self, studio: Studio, judge: Judge, bases: Sequence[Base]) -> None:
+        self.studio, self.judge = studio, judge
+        self.subjects = [self._subject(base) for base in bases]
+        self.margin = self._margin()
+
+    def compare(
+        self, methods: Mapping[str, Method], tuning: Tuning | None = None
+    ) -> Iterator[tuple[Base, dict[str, Timed], dict[str, Results]]]:
+        """Run all methods on each picture in turn; yields after every picture."""
+        for subject in self.subjects:
+            base = subject.base
+            done: dict[str, Timed] = {}
+            results: dict[str, Results] = {}
+            for name, method in methods.items():
+                timed = self.studio.repaint(method, base, tuning)
+                after = self._judged(timed.result.pixels, base.prompt, *_who(subject))
+                done[name] = timed
+                results[name] = Results(
+                    faces=self._faces(base.prompt, subject.before, after),
+                    pictures=[picture_result(base, timed)],
+                )
+            yield base, done, results
+
+    def _subject(self, base: Base) -> Subject:
+        boxes = tuple(
+            None if index is None else base.faces[index].box for index in match_people(base)
+        )
+        references = tuple(
+            mean_embedding(self.judge.look(reference_crops(person, base.prompt.seed + 100 * index)))
+            for index, person in enumerate(base.prompt.people)
+        )
+        before = self._judged(base.picture, base.prompt, boxes, references)
+        return Subject(base=base, boxes=boxes, references=references, before=tuple(before))
+
+    def _judged(
+        self,
+        pixels: Pixels,
+        prompt: Prompt,
+        boxes: Sequence[Box | None],
+        references: Sequence[Floats],
+        shift: tuple[float, float] = (0.0, 0.0),
+    ) -> list[Likeness | None]:
+        """Judge the faces of a picture where they were found in the base picture."""
+        crops = [cut_face(pixels, box, shift=shift) for box in boxes if box is not None]
+        readings = iter(self.judge.look(crops))
+        return [
+            None if box is None else likeness_of(next(readings), person, reference)
+            for box, person, reference in zip(boxes, prompt.people, references, strict=True)
+        ]
+
+    def _margin(self) -> float:
+        changes = []
+        for subject in self.subjects:
+            base = subject.base
+            moved = self._judged(base.picture, base.prompt, *_who(subject), _NOISE_SHIFT)
+            changes += [
+                abs(new.cosine - old.cosine)
+                for old, new in zip(subject.before, moved, strict=True)
+                if old is not None and new is not None
+            ]
+        return float(np.quantile(changes, _NOISE_QUANTILE)) if changes else 0.0
+
+    def _faces(
+        self,
+        prompt: Prompt,
+        before: Sequence[Likeness | None],
+        after: Sequence[Likeness | None],
+    ) -> list[FaceResult]:
+        results = []
+        for person, (old, new) in enumerate(zip(before, after, strict=True)):
+            outcome = Outcome.UNCHANGED
+            if old is not None and new is not None:
+                outcome = outcome_of((old.count, new.count), (old.cosine, new.cosine), self.margin)
+            results.append(
+                FaceResult(
+                    seed=prompt.seed,
+                    person=person,
+                    group=prompt.group,
+                    before=old,
+                    after=new,
+                    outcome=outcome,
+                )
+            )
+        return results
+
+
+def _who(subject: Subject) -> tuple[tuple[Box | None, ...], tuple[Floats, ...]]:
+    return subject.boxes, subject.references
+
+
+def match_people(base: Base) -> list[int | None]:
+    """Return for each person of the prompt the index of a face of the base picture."""
+    height, width = base.picture.shape[:2]
+    centers = [(face.center[0] / width, face.center[1] / height) for face in base.faces]
+    return match_faces([person.place for person in base.prompt.people], centers)
+
+
+def likeness_of(reading: Reading, person: Character, reference: Floats) -> Likeness:
+    """Compare a reading with who it should be."""
+    return Likeness(
+        right=reading.right(person.truth),
+        cosine=reading.cosine(reference),
+        eyes_match=reading.eyes_match,
+        face=reading.face,
+    )
+
+
+def reference_crops(person: Character, seed: int) -> list[Pixels]:
+    """Draw a prompt's person cleanly `REFERENCES` times, in other scenes, as the judge sees it."""
+    crops = []
+    for number in range(REFERENCES):
+        random = np.random.default_rng([REFERENCE_SEED, seed, number])
+        drawn = person.person or described_person(person.truth, random)
+        crops.append(clean_crop(drawn, REFERENCE_SEED + int(random.integers(2**26))))
+    return crops
+
+
+def picture_result(base: Base, timed: Timed) -> PictureResult:
+    """Measure what a method did to the picture."""
+    result = timed.result
+    boxes = [face.box for face in base.faces]
+    size = (base.picture.shape[0], base.picture.shape[1])
+    return PictureResult(
+        seed=base.prompt.seed,
+        group=base.prompt.group,
+        faces=result.faces,
+        seam=seam_score(base.picture, result.pixels, result.alpha) if result.faces else None,
+        outside_mask=changed_outside(base.picture, result.pixels, result.alpha > 0),
+        beyond_faces=changed_outside(base.picture, result.pixels, box_area(size, boxes, BOX_GROWN)),
+        wall_s=timed.wall_s,
+        cpu_s=timed.cpu_s,
+    )

@@ -45,18 +45,16 @@ lint: setup  ## ruff and mypy --strict, tests included
 bench: setup  ## compare with diffusers in PyTorch; prints a table and writes benchmarks/results/
 	$(BIN)/python -m benchmarks
 
-<<<<<<< HEAD
+likeness: setup  ## compare face passes by likeness; prints a table and writes benchmarks/results/
+	$(BIN)/python -m demo.run --export-only
+	$(BIN)/python -m benchmarks.likeness
+
 gpu-check: setup  ## compare every kind of engine on the GPU with the CPU, then a short bench-gpu
 	$(BIN)/python -m benchmarks.gpu_check
 	$(BIN)/python -m benchmarks.gpu --quick --out out/bench
 
 bench-gpu: setup  ## time the families' real sizes on the GPU; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.gpu
-=======
-likeness: setup  ## compare face passes by likeness; prints a table and writes benchmarks/results/
-	$(BIN)/python -m demo.run --export-only
-	$(BIN)/python -m benchmarks.likeness
->>>>>>> likeness
 
 demo-train: setup  ## train the demo model; resumable, hours on two cores
 	nice -n 19 $(BIN)/python -m demo.train
@@ -65,8 +63,4 @@ tables: setup  ## rewrite the tables and files that are made from the code
 	$(BIN)/python -m export.tables
 	$(BIN)/python client/generate_fields.py
 
-<<<<<<< HEAD
-.PHONY: help setup run serve test engines lint bench gpu-check bench-gpu demo-train tables
-=======
-.PHONY: help setup run serve test lint bench likeness demo-train tables
->>>>>>> likeness
+.PHONY: help setup run serve test engines lint bench likeness gpu-check bench-gpu demo-train tables

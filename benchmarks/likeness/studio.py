@@ -20,7 +20,7 @@ from closeup.conditioning import Conditioning
 from closeup.detection import Face, scale_faces
 from closeup.enlarge import super_resolve_all
 from closeup.face_pass import find_faces
-from closeup.graph import encode, paint
+from closeup.graph import encode, open_streams, paint
 from closeup.images import pixels_from_floats
 from closeup.local import LocalModels
 from closeup.manifest import UpscalerManifest
@@ -151,9 +151,10 @@ class Studio:
         run = self.models.start(request)
         upscaler = self.models.repository.upscaler
         assert upscaler is not None  # resolve refuses super_resolution without one
-        async with run.admitted():
+        async with run.returning_ticket():
             conditioning = await encode(run, self.models.repository.tokenizers(request.model))
             yield Job(run=run, conditioning=conditioning, upscaler=upscaler)
+        await run.ticket_returned()
 
     def paint(self, prompts: Sequence[Prompt]) -> list[Base]:
         """Paint base pictures, or take them from the cache."""
@@ -189,7 +190,7 @@ class Studio:
         return Base(prompt=prompt, original=original, picture=picture, faces=tuple(faces))
 
     async def _painted(self, job: Job, prompt: Prompt) -> tuple[Pixels, Pixels]:
-        floats = await paint(job.run, job.conditioning)
+        floats = await paint(job.run, job.conditioning, open_streams(job.run))
         enlarged = await super_resolve_all(job.run, floats, job.upscaler)
         original, picture = pixels_from_floats(floats[0]), pixels_from_floats(enlarged[0])
         if self._cache:

@@ -158,11 +158,12 @@ def _open_plan_writer(options: ExportOptions) -> PlanWriter | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when all is well, 2 with one sentence when not."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger("export").addHandler(handler)
-    logging.getLogger("export").setLevel(logging.INFO)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    log = logging.getLogger("export")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     started = time.monotonic()
     try:
         options = parse_options(sys.argv[1:] if arguments is None else arguments)
@@ -170,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CloseupError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
+    finally:
+        log.removeHandler(handler)
     print(f"{options.name} is in {options.repository} ({time.monotonic() - started:.1f} s)")
     return 0
 

@@ -26,6 +26,7 @@ from closeup.errors import ModelError, RequestError, UnavailableError
 from closeup.lora_encoders import LoraEncoders
 from closeup.lora_read import read_lora
 from closeup.manifest import (
+    EngineLimits,
     LoraLayer,
     LoraLayout,
     ModelManifest,
@@ -459,6 +460,14 @@ def test_metric_values_follow_the_loras_when_they_come_and_go(open_denoiser: Ope
         "closeup_lora_rows_resident": 2,
         "closeup_lora_rows_in_use": 1,
     }
+
+
+def test_lora_bank_has_no_more_rows_than_the_plans_take(open_denoiser: Open) -> None:
+    limits = EngineLimits(sizes=(), max_chunks=4, lora_rows=2)
+    few = open_denoiser(_manifest(limits=limits), lora_rows=5)
+    assert metric_values(few)["closeup_lora_rows"] == 2
+    many = open_denoiser(_manifest(limits=replace(limits, lora_rows=9)), lora_rows=5)
+    assert metric_values(many)["closeup_lora_rows"] == 5
 
 
 class _Family:

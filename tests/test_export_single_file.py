@@ -67,7 +67,10 @@ def test_export_takes_a_checkpoint_and_its_configs(
 ) -> None:
     seen: list[tuple[str, ModelFacts]] = []
 
-    def fake(options: object, folder: Path, facts: ModelFacts, fingerprint: str) -> None:
+    def fake(
+        options: object, folder: Path, facts: ModelFacts, fingerprint: str, plans: object
+    ) -> None:
+        assert plans is None
         seen.append((layout_of(folder).family.name, facts))
 
     monkeypatch.setattr(exporting, "export_pipeline", fake)

@@ -155,7 +155,7 @@ def _print_fit(rows: Sequence[tuple[Case, Mapping[str, Any]]]) -> None:
 
 def _run_stage(stage: str, case: Case, folder: Path) -> dict[str, Any]:
     if stage == "write":
-        return _write_pipeline(case, folder / "pipeline")
+        return write_pipeline(case, folder / "pipeline")
     started, base = time.monotonic(), _peak_bytes()
     result = _export(folder) if stage == "export" else _check(folder)
     seconds = time.monotonic() - started
@@ -197,7 +197,7 @@ def _check(folder: Path) -> dict[str, Any]:
     return {"error": check_large_part(_part(folder), folder / "model.onnx").max_rel_error}
 
 
-def _write_pipeline(case: Case, folder: Path) -> dict[str, Any]:
+def write_pipeline(case: Case, folder: Path) -> dict[str, Any]:
     """Write a pipeline's index and its denoiser with random float16 weights, tensor by tensor."""
     import diffusers
     import torch
@@ -238,10 +238,12 @@ def _write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Non
 def _random_tensors(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[np.ndarray[Any, Any]]:
     """Weights whose layers neither fade nor grow: norms 1, biases 0, 1/sqrt(inputs) else.
 
-    One block of random values is repeated: drawing billions would take longer than the export.
+    One block of random values is repeated, turned a little for every tensor so that no two are
+    equal: drawing billions would take longer than the export.
     """
     block = np.random.default_rng(0).random(_BLOCK, dtype=np.float32) - 0.5
     for name, shape in shapes.items():
+        block = np.roll(block, 1009)
         if len(shape) == 1:
             value = 1.0 if name.endswith("weight") else 0.0
             yield np.full(shape, value, np.float16)

@@ -117,6 +117,7 @@ class PlanRecord:
             ``portrait_denoiser/plain``, ``portrait_denoiser/text_encoder``, ``upscaler``.
         onnx_sha256: `hash_graph` of the graph.
         onnx_bytes: of the graph, its external data included.
+        onnx_mtime_ns: `graph_mtime_ns` of it, as it lies beside the plan.
         flavour: which TensorRT.
         version: its whole version, e.g. ``11.1.0.106``.
         sms: compute capabilities it runs on, e.g. ``("9.0",)``; TensorRT's own plans have one.
@@ -148,6 +149,7 @@ class PlanRecord:
     plan_bytes: int
     build_s: float
     command: str
+    onnx_mtime_ns: int = 0
     flags: Mapping[str, str] = field(default_factory=dict)
     format: int = RECORD_FORMAT
 
@@ -209,6 +211,11 @@ def graph_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in _graph_files(path))
 
 
+def graph_mtime_ns(path: Path) -> int:
+    """When an ONNX file or the external data beside it was last written."""
+    return max(file.stat().st_mtime_ns for file in _graph_files(path))
+
+
 def hash_plan(path: Path) -> str:
     """SHA-256 of a plan, in hex."""
     digest = hashlib.sha256()
@@ -256,7 +263,8 @@ def read_record(plan: Path) -> PlanRecord:
 def verify_plan(plan: Path, runtime: RuntimeFacts, *, onnx_sha256: str | None = None) -> PlanRecord:
     """Refuse a plan that cannot run here or is not the one its record describes.
 
-    The whole plan is read once. The graph beside it is compared too, where there is one.
+    The whole plan is read once. The graph beside it is compared too, where there is one: by its
+    size and time, and by its content when the time is another.
 
     Args:
         plan: ``.../<stem>.plan``.
@@ -310,9 +318,12 @@ def _graph_problem(record: PlanRecord, plan: Path, onnx_sha256: str | None) -> s
     graph = plan.with_suffix(GRAPH_SUFFIX)
     if not graph.is_file():
         return ""
-    if graph_bytes(graph) != record.onnx_bytes or hash_graph(graph) != record.onnx_sha256:
-        return f"{graph.name} beside it is not the graph it was built from"
-    return ""
+    if graph_bytes(graph) == record.onnx_bytes:
+        if graph_mtime_ns(graph) == record.onnx_mtime_ns:
+            return ""
+        if hash_graph(graph) == record.onnx_sha256:
+            return ""
+    return f"{graph.name} beside it is not the graph it was built from"
 
 
 def _file_problem(record: PlanRecord, plan: Path) -> str:

@@ -9,31 +9,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from closeup.cache_files import merge_file, read_file
 from closeup.errors import ExportError, ModelError
 from closeup.plans import Flavour, PlanTensor, Profile
 from closeup.tensorrt_package import Messages, explain, find_gpu, import_tensorrt, make_logger
 from export.profiles import Tensors
+from export.progress import Progress, make_monitor
 
 logger = logging.getLogger(__name__)
 
 # What TensorRT-RTX builds for unless told otherwise. Its own default has these too; Turing (7.5)
 # must be named, and has no float32 matrix products.
 RTX_SMS = ("8.0", "8.6", "8.9", "12.0", "12.1")
-_REPORT_S = 30.0
 _WRITE_BYTES = 1 << 26
-
-
-class Progress(Protocol):
-    """Told how far a build is; may raise KeyboardInterrupt to stop it."""
-
-    def __call__(self, done: int, total: int) -> None:
-        """Note ``done`` of ``total`` steps of the outermost phase."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,7 +170,9 @@ def build_plan(
     _parse(job, parts)
     _check_network(job, parts)
     _configure(job, toolchain, parts)
-    monitor = _attach_monitor(parts, progress) if progress is not None else None
+    monitor = None if progress is None else make_monitor(parts.trt, progress)
+    if monitor is not None:
+        parts.config.progress_monitor = monitor
     try:
         _write_plan(job, parts, target, monitor)
         _check_header(job, parts, target)
@@ -284,39 +278,6 @@ def make_profile(builder: Any, profile: Profile) -> Any:
     return made
 
 
-def _attach_monitor(parts: _Parts, progress: Progress) -> Any:
-    """Let the builder tell ``progress``; returns the monitor, whose ``stopped`` says why it ended.
-
-    An exception must not cross TensorRT's own frames: it is kept and raised behind them.
-    """
-    base: Any = parts.trt.IProgressMonitor
-
-    class Monitor(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            base.__init__(self)
-            self.stopped: BaseException | None = None
-            self._phases: dict[str, int] = {}
-
-        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            if parent is None:
-                self._phases[name] = steps
-
-        def step_complete(self, name: str, step: int) -> bool:
-            if name in self._phases:
-                try:
-                    progress(step + 1, self._phases[name])
-                except BaseException as error:
-                    self.stopped = error
-            return self.stopped is None
-
-        def phase_finish(self, name: str) -> None:
-            self._phases.pop(name, None)
-
-    monitor = Monitor()
-    parts.config.progress_monitor = monitor
-    return monitor
-
-
 def _write_plan(job: BuildJob, parts: _Parts, target: Path, monitor: Any) -> None:
     built = parts.builder.build_serialized_network(parts.network, parts.config)
     if monitor is not None and monitor.stopped is not None:
@@ -385,26 +346,3 @@ def _keep_timings(toolchain: Toolchain, parts: _Parts) -> None:
 
 def _failure(job: BuildJob, parts: _Parts, what: str) -> ExportError:
     return ExportError(f"{job.model}: {what}: {explain(parts.messages.errors)}.")
-
-
-def timed_report(
-    say: Callable[[str], None], title: str, clock: Callable[[], float] = time.monotonic
-) -> Progress:
-    """Return a progress that says a line every half minute.
-
-    Args:
-        say: takes the line.
-        title: what is built.
-        clock: seconds.
-    """
-    started_s = clock()
-    said_s = started_s
-
-    def progress(done: int, total: int) -> None:
-        nonlocal said_s
-        now_s = clock()
-        if now_s - said_s >= _REPORT_S:
-            said_s = now_s
-            say(f"{title}: building, step {done} of {total}, {now_s - started_s:.0f} s")
-
-    return progress

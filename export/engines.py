@@ -29,7 +29,7 @@ from closeup.manifest import (
 from closeup.plans import PLAN_SUFFIX, Flavour, PlanTensor
 from closeup.segments import DENOISER_INPUTS, DENOISER_OUTPUTS, PLAIN_NAME
 from closeup.tensors import TritonTensor
-from export.builder import BuildJob, Toolchain, build_plan, open_toolchain, timed_report
+from export.builder import BuildJob, Toolchain, build_plan, open_toolchain
 from export.casts import check_casts
 from export.config import (
     DETECTOR_BATCH,
@@ -52,6 +52,7 @@ from export.profiles import (
     upscaler_sides,
     vae_sides,
 )
+from export.progress import timed_report
 from export.repository import STAMP_NAME, Staging, Stamp, lock_repository, open_staging, read_stamp
 from export.sizes import check_steps, default_sizes, with_native
 

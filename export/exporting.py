@@ -6,9 +6,6 @@ import dataclasses
 import logging
 from pathlib import Path
 
-import onnx
-from onnx import TensorProto
-
 from closeup.errors import CloseupError, ExportError
 from closeup.families import SDXL
 from closeup.manifest import (
@@ -22,6 +19,7 @@ from closeup.manifest import (
     manifest_json,
 )
 from closeup.segments import DENOISER_INPUTS, DENOISER_OUTPUTS, PLAIN_NAME
+from export.adopting import adopt_detector
 from export.components import (
     face_detector_graph,
     face_detector_tensors,
@@ -37,9 +35,9 @@ from export.config import (
     vae_batch,
 )
 from export.engines import PlanWriter
-from export.graphs import Graph, GraphTensor, export_graph, open_session, torch_dtype
+from export.graphs import Graph, GraphTensor, export_graph, torch_dtype
 from export.layouts import INDEX_NAME, EncoderLayout, PipelineLayout, layout_of, read_json
-from export.options import ExportOptions, ModelFacts, hash_file
+from export.options import ExportOptions, ModelFacts
 from export.parts import Part, WrittenPart, export_part
 from export.pipelines import VAE, component_config, refuse_pickles
 from export.precisions import (
@@ -170,7 +168,11 @@ def export_face_detector(
 
     with open_staging(repository) as staging:
         if path.suffix.lower() == ".onnx":
-            component = _adopt_detector(staging, path, OUTPUT_NAMES)
+            adopted = adopt_detector(path, staging.graph_path("face_detector"), OUTPUT_NAMES)
+            component = adopted.component
+            image, tensors = face_detector_tensors(OUTPUT_NAMES)
+            batch = DETECTOR_BATCH if adopted.has_batch else 0
+            staging.write_config(_served_config("face_detector", (image,), tensors, batch))
         else:
             try:
                 graph = face_detector_graph(load_face_detector(path), OUTPUT_NAMES)
@@ -340,41 +342,6 @@ def _write_denoiser(staging: Staging, model: str) -> None:
         TritonConfig(name=model, backend="python", inputs=DENOISER_INPUTS, outputs=DENOISER_OUTPUTS)
     )
     staging.write_text(model, "1/model.py", DENOISER_MODEL)
-
-
-def _adopt_detector(staging: Staging, path: Path, names: tuple[str, ...]) -> Component:
-    """Take a detector that is ONNX already; there is no PyTorch to compare it with."""
-    target = staging.graph_path("face_detector")
-    target.write_bytes(path.read_bytes())
-    try:
-        session = open_session(target)
-    except Exception as error:
-        raise ExportError(f"ONNX Runtime cannot open {path}: {error}") from error
-    inputs = [tensor.name for tensor in session.get_inputs()]
-    outputs = {tensor.name for tensor in session.get_outputs()}
-    if inputs != ["input"] or not outputs.issuperset(names):
-        raise ExportError(
-            f"{path} has inputs {inputs} and outputs {sorted(outputs)}; expected YuNet's: "
-            f"input, and {', '.join(names)}."
-        )
-    has_batch = isinstance(session.get_inputs()[0].shape[0], str)
-    image, tensors = face_detector_tensors(names)
-    config = _served_config("face_detector", (image,), tensors, DETECTOR_BATCH if has_batch else 0)
-    staging.write_config(config)
-    return Component(
-        model="face_detector",
-        sha256=hash_file(target),
-        bytes=target.stat().st_size,
-        precision=_onnx_precision(target),
-        max_abs_error=0.0,
-        max_rel_error=0.0,
-        checks=("taken as ONNX, not compared with PyTorch",),
-    )
-
-
-def _onnx_precision(path: Path) -> str:
-    weights = onnx.load(path).graph.initializer
-    return "fp16" if any(w.data_type == TensorProto.FLOAT16 for w in weights) else "fp32"
 
 
 def _served_config(

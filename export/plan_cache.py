@@ -22,6 +22,7 @@ from closeup.plans import (
     PLAN_SUFFIX,
     PlanRecord,
     graph_bytes,
+    graph_mtime_ns,
     hash_graph,
     hash_plan,
     read_record,
@@ -113,7 +114,7 @@ def obtain_plan(
         draft = target.with_name(f"{target.name}.draft")
         record = _build_record(job, toolchain, draft, onnx_sha256, build)
         obtained = Obtained(record=record, from_cache=False)
-        _place(job.model, draft, target, obtained.record, command, move=True)
+        _place(job, draft, target, obtained.record, command, move=True)
         return obtained
     key = plan_key(job, toolchain, onnx_sha256)
     entry = cache.entry(key)
@@ -126,7 +127,7 @@ def obtain_plan(
                 from_cache=found is not None,
             )
             os.utime(entry)
-            _place(job.model, entry, target, obtained.record, command, move=False)
+            _place(job, entry, target, obtained.record, command, move=False)
     except OSError as error:
         raise _cannot_write(job.model, cache.folder, error) from error
     prune_cache(cache, keep=entry)
@@ -201,11 +202,13 @@ def _build_record(
 
 
 def _place(
-    model: str, source: Path, target: Path, record: PlanRecord, command: str, *, move: bool
+    job: BuildJob, source: Path, target: Path, record: PlanRecord, command: str, *, move: bool
 ) -> None:
     """Put a plan at ``target``: moved, linked, or copied where the file systems differ."""
     draft = target.with_name(f".{target.name}.draft")
-    own = dataclasses.replace(record, model=model, command=command)
+    own = dataclasses.replace(
+        record, model=job.model, command=command, onnx_mtime_ns=graph_mtime_ns(job.graph)
+    )
     try:
         draft.unlink(missing_ok=True)
         if move:
@@ -220,7 +223,7 @@ def _place(
     except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise _cannot_write(model, target.parent, error) from error
+        raise _cannot_write(job.model, target.parent, error) from error
 
 
 def _cannot_write(model: str, folder: Path, error: OSError) -> ExportError:

@@ -26,9 +26,9 @@ from export.builder import (
     build_plan,
     builder_flags,
     open_toolchain,
-    timed_report,
 )
 from export.profiles import Tensors, profile_of, tensors_of
+from export.progress import timed_report
 from export.sizes import Side
 from tests.fake_builder import BuilderFlag, FakeTensorrt
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from closeup import plans
 from closeup.errors import ModelError
 from closeup.plans import (
     Flavour,
@@ -24,6 +25,7 @@ from closeup.plans import (
     engine_path,
     find_plans,
     graph_bytes,
+    graph_mtime_ns,
     hash_graph,
     hash_plan,
     read_record,
@@ -155,6 +157,27 @@ def test_verify_plan_refuses_files_that_changed(
 
 def test_verify_plan_refuses_a_graph_that_the_manifest_does_not_name(tmp_path: Path) -> None:
     assert "another graph" in refusal(write_plan(tmp_path), onnx_sha256="0" * 64)
+
+
+def test_verify_plan_reads_the_graph_only_when_its_time_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = write_plan(tmp_path)
+    graph = plan.with_name("model.onnx")
+    record = dataclasses.replace(read_record(plan), onnx_mtime_ns=graph_mtime_ns(graph))
+    record_path(plan).write_text(record_json(record), encoding="utf-8")
+    read: list[Path] = []
+
+    def noting(path: Path) -> str:
+        read.append(path)
+        return hash_graph(path)
+
+    monkeypatch.setattr(plans, "hash_graph", noting)
+    verify_plan(plan, HERE)
+    assert read == []
+    os.utime(graph, ns=(0, graph_mtime_ns(graph) + 1))  # copied elsewhere: the same content
+    verify_plan(plan, HERE)
+    assert read == [graph]
 
 
 def test_verify_plan_needs_no_graph_beside_the_plan(tmp_path: Path) -> None:

@@ -99,10 +99,11 @@ def detector_input(image: Pixels, *, long_side: int | None = None) -> tuple[Floa
     inner_h, inner_w = _scaled_size((height, width), scale)
     outer_h, outer_w = _padded_size((height, width), scale)
     how: ResizeHow = "cubic" if scale > 1 else "auto"
-    scaled = resize(floats_from_pixels(image), (inner_h, inner_w), how=how)
     tensor = np.zeros((1, 3, outer_h, outer_w), np.float32)
-    for plane, colour in zip(tensor[0], reversed(cv2.split(scaled)), strict=True):
-        np.multiply(colour, np.float32(255.0), out=plane[:inner_h, :inner_w])
+    colours = cv2.split(floats_from_pixels(image))
+    for plane, colour in zip(tensor[0], reversed(colours), strict=True):
+        scaled = resize(colour, (inner_h, inner_w), how=how)
+        np.multiply(scaled, np.float32(255.0), out=plane[:inner_h, :inner_w])
     return tensor, scale
 
 

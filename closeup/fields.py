@@ -179,7 +179,8 @@ FIELDS: tuple[Field, ...] = (
     Field(name="image_quality", kind=Kind.INT, default="92", minimum=1, maximum=100,
           doc="Quality of JPEG and WebP."),
     Field(name="response_encoding", kind=Kind.STRING, default="base64", choices=ENCODINGS,
-          doc="`raw` returns the file's bytes, for gRPC and binary HTTP."),
+          doc="`raw` returns the files' bytes (pictures, stages, previews), for gRPC and binary "
+              "HTTP."),
     Field(name="stages", kind=Kind.BOOL, default="false",
           doc="Also return the picture after each stage, in `stage_image`."),
     Field(name="previews", kind=Kind.BOOL, default="false",

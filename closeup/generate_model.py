@@ -149,7 +149,7 @@ class GenerateModel:
         def report(progress: Progress) -> None:
             # Sending is also how this Triton notices that a client has closed its stream.
             if self.streaming:
-                reply.send_event(_event(progress))
+                reply.send_event(_event(progress, request.raw))
 
         return Run(
             request=request,
@@ -193,7 +193,7 @@ def _file_tensor(files: list[bytes], raw: bool) -> Array:
     return np.array(files if raw else [base64.b64encode(data) for data in files], np.object_)
 
 
-def _event(progress: Progress) -> dict[str, Array]:
+def _event(progress: Progress, raw: bool) -> dict[str, Array]:
     event = {
         "type": "progress",
         "stage": progress.stage,
@@ -205,7 +205,7 @@ def _event(progress: Progress) -> dict[str, Array]:
     }
     outputs = {"event": text_tensor(json.dumps(event))}
     if progress.preview is not None:
-        outputs["preview"] = np.array([base64.b64encode(progress.preview)], np.object_)
+        outputs["preview"] = _file_tensor([progress.preview], raw)
     return outputs
 
 

@@ -126,7 +126,10 @@ def _parse(text: str) -> tuple[str, str, str | None]:
             sampler, why = _STAND_IN_OF[base]
             return sampler, _SPACING_OF[suffix], f"{text!r} was run as {sampler}: {why}."
     raise RequestError(
-        {"scheduler": f"{text!r} is unknown; the nearest are {', '.join(_nearest(plain))}."}
+        {
+            "scheduler": f"{text!r} is unknown; the nearest are {', '.join(_nearest(plain))}; "
+            f"allowed are {', '.join(SAMPLERS)}, and their spacings."
+        }
     )
 
 

@@ -167,7 +167,9 @@ def stream_outputs(prompt: str, fields: Mapping[str, Any]) -> Iterator[dict[str,
         event |= {"image": None, "eta_s": 1.5 if step < steps else None, "elapsed_s": 0.25}
         outputs = {"event": [json.dumps(event).encode()]}
         if fields.get("previews") and stage == "generate":
-            outputs["preview"] = [base64.b64encode(b"\xff\xd8\xff small")]
+            small = b"\xff\xd8\xff small"
+            is_raw = fields.get("response_encoding") in (b"raw", "raw")
+            outputs["preview"] = [small if is_raw else base64.b64encode(small)]
         yield outputs
     yield {"event": [b'{"type": "heartbeat"}']}  # a kind this client does not know
     if prompt != "mute":

@@ -118,9 +118,11 @@ def test_resolve_sampler_name_names_the_nearest_when_unknown(
         resolve_sampler_name(text, flow=flow)
     (sentence,) = caught.value.problems.values()
     assert list(caught.value.problems) == ["scheduler"]
-    assert len(sentence) < 200
+    assert len(sentence) < 450
+    told, allowed = sentence.split("; allowed are ")
     if nearest != "lcm":
-        assert f" {nearest}" in sentence
+        assert f" {nearest}" in told
+    assert set(allowed.removesuffix(", and their spacings.").split(", ")) == set(SAMPLERS)
 
 
 def test_resolve_sampler_name_lists_the_spacings_when_the_sampler_lacks_one() -> None:

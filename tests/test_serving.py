@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
+import tritonclient.http as http_client
 from closeup_client import Client, InvalidRequest
 from PIL import Image
 from tritonclient.utils import InferenceServerException
@@ -26,7 +27,7 @@ from closeup.local import LocalModels
 from closeup.server import EmbeddedServer, ServerOptions
 from tests.golden import GOLDEN_BODY
 from tests.paths import DEMO_LORAS
-from tests.pictures import png_bomb
+from tests.pictures import png, png_bomb
 
 pytestmark = pytest.mark.triton
 
@@ -130,6 +131,10 @@ def test_server_gives_the_picture_of_the_graph_in_this_process(
     np.testing.assert_array_equal(picture(data["image"][0]), expected)
 
 
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
 BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ""}, "prompt: is empty"),
     ({"prompt": "x" * 10_000}, "prompt: has 10000 characters"),
@@ -139,11 +144,16 @@ BAD_INPUT: list[tuple[dict[str, Any], str]] = [
     ({"num_images": 9}, "num_images: got 9"),
     ({"steps": 51}, "steps: got 51; allowed are 1 to 50"),
     ({"cfg_scale": 16.0}, "cfg_scale: got 16; allowed are 0 to 15"),
-    ({"scheduler": "nope"}, "scheduler: "),
+    ({"scheduler": "nope"}, "scheduler: 'nope' is unknown; the nearest are "),
     ({"prompt": "<lora:missing:1> a"}, "prompt: there is no LoRA 'missing'"),
     ({"prompt": "<lora:../x:1> a"}, "prompt: '../x' cannot be a LoRA id"),
-    ({"input_image": base64.b64encode(png_bomb(40_000)).decode()}, "input_image: "),
-    ({"input_image": base64.b64encode(b"\x89PNG\r\n").decode()}, "input_image: "),
+    ({"input_image": encoded(png_bomb(40_000))}, "input_image: declares 1,600,000,000 pixels; "),
+    ({"input_image": encoded(b"\x89PNG\r\n")}, "input_image: holds 6 bytes that are no picture"),
+    ({"input_image": encoded(png(64, 64)[:100])}, "input_image: is damaged or cut short"),
+    (
+        {"input_image": encoded(png(64, 64)), "mask_image": encoded(png(72, 72))},
+        "mask_image: is 72x72, input_image is 64x64; send them in the same size",
+    ),
 ]
 
 
@@ -168,20 +178,72 @@ def test_bad_input_is_refused_over_every_protocol_before_any_engine_runs(
     assert metric(server, "closeup_engine_calls_total") == calls
 
 
-def test_unknown_field_and_missing_prompt_are_refused(server: EmbeddedServer) -> None:
-    status, answer = post(server, "generate/generate", json.dumps({**SMALL, "stepz": 3}))
-    assert (status, answer["error"]) == (
-        400, "INVALID_ARG: stepz: is not a field of this server; did you mean steps?",
-    )  # fmt: skip
-    status, answer = post(server, "generate/generate", '{"steps": 3}')
-    assert (status, answer["error"]) == (
-        400, "INVALID_ARG: prompt: is missing; every request needs one.",
-    )  # fmt: skip
+UNKNOWN = "INVALID_ARG: stepz: is not a field of this server; did you mean steps?"
+MISSING = "INVALID_ARG: prompt: is missing; every request needs one."
 
 
-def test_invalid_utf8_is_refused(server: EmbeddedServer) -> None:
-    with pytest.raises(InferenceServerException, match="prompt: is not valid UTF-8"):
+def test_unknown_field_is_refused_over_every_protocol(server: EmbeddedServer) -> None:
+    # What is no tensor of the model arrives as a parameter of the request.
+    with pytest.raises(InferenceServerException) as caught:
+        ask_grpc(server, SMALL, parameters={"stepz": 3})
+    assert (caught.value.status(), caught.value.message()) == (
+        "StatusCode.INVALID_ARGUMENT", UNKNOWN,
+    )  # fmt: skip
+    body = json.dumps({**json.loads(infer_body(SMALL)), "parameters": {"stepz": 3}})
+    assert post(server, "generate/infer", body) == (400, {"error": UNKNOWN})
+    body = json.dumps({**SMALL, "stepz": 3})
+    assert post(server, "generate/generate", body) == (400, {"error": UNKNOWN})
+
+
+def test_unknown_tensor_is_refused_by_triton_by_its_name(server: EmbeddedServer) -> None:
+    tensor = grpc_client.InferInput("stepz", [1], "INT64")
+    tensor.set_data_from_numpy(np.array([3]))
+    with (
+        grpc_client.InferenceServerClient(server.grpc_url) as client,
+        pytest.raises(InferenceServerException, match="stepz") as caught,
+    ):
+        client.infer("generate", [*grpc_inputs(SMALL), tensor])
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    body = json.loads(infer_body(SMALL))
+    body["inputs"].append({"name": "stepz", "shape": [1], "datatype": "INT64", "data": [3]})
+    status, answer = post(server, "generate/infer", json.dumps(body))
+    assert status == 400
+    assert "stepz" in answer["error"]
+
+
+def test_missing_prompt_is_refused_over_every_protocol(server: EmbeddedServer) -> None:
+    with pytest.raises(InferenceServerException) as caught:
+        ask_grpc(server, {"steps": 3})
+    assert (caught.value.status(), caught.value.message()) == (
+        "StatusCode.INVALID_ARGUMENT", MISSING,
+    )  # fmt: skip
+    body = infer_body({"steps": 3})
+    assert post(server, "generate/infer", body) == (400, {"error": MISSING})
+    assert post(server, "generate/generate", '{"steps": 3}') == (400, {"error": MISSING})
+
+
+def test_invalid_utf8_is_refused_over_grpc_and_binary_http(server: EmbeddedServer) -> None:
+    words = "prompt: is not valid UTF-8"
+    with pytest.raises(InferenceServerException, match=f"INVALID_ARG: {words}") as caught:
         ask_grpc(server, {**SMALL, "prompt": b"caf\xe9"})
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    tensor = http_client.InferInput("prompt", [1], "BYTES")
+    tensor.set_data_from_numpy(np.array([b"caf\xe9"], np.object_), binary_data=True)
+    with (
+        http_client.InferenceServerClient(server.http_url) as client,
+        pytest.raises(InferenceServerException, match=f"INVALID_ARG: {words}") as caught,
+    ):
+        client.infer("generate", [tensor])
+    assert caught.value.status() == "400"
+    assert ask_grpc(server, SMALL).as_numpy("image").shape == (1,)  # the server still answers
+
+
+def test_wrong_json_types_are_refused_by_tritons_parser(server: EmbeddedServer) -> None:
+    for wrong in ({"steps": "abc"}, {"steps": 2.5}, {"super_resolution": "false"}):
+        status, answer = post(server, "generate/generate", json.dumps({**SMALL, **wrong}))
+        assert status == 500, answer  # as the README says
+        assert "Traceback" not in answer["error"]
+    assert ask_grpc(server, SMALL).as_numpy("image").shape == (1,)
 
 
 def test_more_pictures_than_slots_are_refused_with_unavailable(server: EmbeddedServer) -> None:
@@ -266,6 +328,33 @@ def test_stream_reports_progress_and_ends_with_the_picture(server: EmbeddedServe
     assert picture(previews[0]["preview"]).shape == (64, 64, 3)
     assert json.loads(events[-1]["event"]) == {"type": "result"}
     assert picture(events[-1]["image"]).shape == (64, 64, 3)
+
+
+def test_previews_are_bytes_when_the_answer_is_raw(server: EmbeddedServer) -> None:
+    fields = {**SMALL, "steps": 6, "previews": True}
+    for encoding, starts in (("raw", b"\xff\xd8"), ("base64", b"/9j/")):
+        found: list[bytes] = []
+        done = threading.Event()
+
+        def keep(
+            result: Any, error: Any, found: list[bytes] = found, done: threading.Event = done
+        ) -> None:
+            if error is not None or result.as_numpy("image") is not None:
+                done.set()
+            elif result.as_numpy("preview") is not None:
+                found.append(result.as_numpy("preview")[0])
+
+        with grpc_client.InferenceServerClient(server.grpc_url) as client:
+            client.start_stream(keep)
+            client.async_stream_infer(
+                "generate_stream", grpc_inputs({**fields, "response_encoding": encoding})
+            )
+            assert done.wait(60)
+        assert found
+        assert all(preview.startswith(starts) for preview in found)
+    with Client(server.grpc_url) as client:
+        events = list(client.stream(**fields))
+    assert any(getattr(event, "preview", None) for event in events)
 
 
 def test_server_limit_ends_a_request_whose_client_is_gone(

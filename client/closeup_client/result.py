@@ -185,13 +185,8 @@ def event_from_outputs(
         image=event.get("image"),
         eta_s=event.get("eta_s"),
         elapsed_s=float(event.get("elapsed_s") or 0.0),
-        preview=_jpeg(previews[0]) if previews and previews[0] else None,
+        preview=_decoded(previews[0], encoding) if previews and previews[0] else None,
     )
-
-
-def _jpeg(data: bytes) -> bytes:
-    """A preview, which may come as base64 whatever the pictures' encoding is."""
-    return _decoded(data, "raw" if data.startswith(b"\xff\xd8") else "base64")
 
 
 def _decoded(data: bytes, encoding: str) -> bytes:

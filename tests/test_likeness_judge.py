@@ -11,7 +11,7 @@ import torch
 from benchmarks.likeness.accuracy import Example, held_out_example, held_out_others
 from benchmarks.likeness.compare import Likeness, likeness_of
 from benchmarks.likeness.crops import CROP_PX
-from benchmarks.likeness.damage import break_eye, damage
+from benchmarks.likeness.damage import break_eye, damage, remove_features
 from benchmarks.likeness.drawings import UNKNOWN, draw_pair, labels_of
 from benchmarks.likeness.judge import WEIGHTS, Judge, mean_embedding
 from benchmarks.likeness.network import HEADS
@@ -76,6 +76,16 @@ def test_nothing_is_right_when_there_is_no_face(judge: Judge, examples: list[Exa
     assert not any(taken[:4])
     assert sum(taken) <= 1  # a tree may have a face, rarely
     assert not any(readings[0].right(examples[0].truth).values())
+    assert readings[0].cosine(readings[0].embedding) == 0.0
+
+
+def test_a_head_is_no_face_when_its_features_are_gone(
+    judge: Judge, examples: list[Example]
+) -> None:
+    faces = judge.look([example.crop for example in examples])
+    heads = judge.look([example.head for example in examples])
+    assert np.mean([reading.is_face for reading in faces]) >= 0.95
+    assert np.mean([reading.is_face for reading in heads]) <= 0.1
 
 
 def test_the_same_person_is_nearest_when_drawn_in_another_scene(
@@ -112,7 +122,7 @@ def test_likeness_counts_only_what_is_asked_when_a_person_is_given(
     likeness = likeness_of(reading, Character(truth=truth, place=(0.5, 0.5)), reading.embedding)
     assert likeness == Likeness(
         right={"hair": True, "glasses": False}, cosine=likeness.cosine,
-        eyes_match=reading.eyes_match, face=reading.face,
+        eyes_match=reading.eyes_match, is_face=True,
     )  # fmt: skip
     assert likeness.count == 1
     assert likeness.cosine == pytest.approx(1.0, abs=1e-5)
@@ -199,6 +209,21 @@ def test_only_one_eye_changes_when_it_is_spoiled() -> None:
         # The ellipse ends at 1.15 times 0.36 and 0.3 of the distance of 30 px between the eyes.
         assert abs(columns - 64.5).max() <= 13
         assert abs(rows - 49.5).max() <= 11
+
+
+def test_only_the_middle_changes_when_features_are_removed() -> None:
+    crop = held_out_example(100_000).crop
+    landmarks = np.array([[50.0, 60], [78, 60], [64, 72], [54, 84], [74, 84]])
+    changed = []
+    for seed in range(15):
+        head = remove_features(crop, landmarks, np.random.default_rng(seed))
+        rows, columns = np.nonzero((head != crop).any(-1))
+        assert len(rows) > 400
+        # Within 1.05 times the distance of 28 px between the eyes, or, made coarse, everywhere.
+        far = max(abs(columns - 63.5).max(), abs(rows - 71.5).max())
+        assert far <= 30 or far > 55
+        changed.append(far <= 30)
+    assert 8 <= sum(changed) < 15
 
 
 # --------------------------------------------------------------------------------------- losses

@@ -238,7 +238,7 @@ def test_outcome_weighs_both_measures_when_either_changes(
 
 def _likeness(cosine: float, *answers: bool) -> Likeness:
     right = dict(zip(("hair", "skin", "style"), answers, strict=False))
-    return Likeness(right=right, cosine=cosine, eyes_match=1.0, face=1.0)
+    return Likeness(right=right, cosine=cosine, eyes_match=1.0, is_face=True)
 
 
 def _results(cosine: float, answers: tuple[bool, ...], outcome: Outcome, seam: float) -> Results:
@@ -272,14 +272,15 @@ def test_row_counts_missed_people_as_unchanged_when_a_face_is_not_found() -> Non
     assert attribute_share(results.faces, after=True) == 1.0
     assert mean_cosine(results.faces, after=True) == 0.9
     assert method_row("closeup", results) == (
-        "closeup", "100.0%", "0.900", "50.0%", "0.0%", "0.0%", "1.00", "0", "1.5", "0.50", "1.00",
+        "closeup", "50.0%", "100.0%", "0.900", "50.0%", "0.0%", "0.0%",
+        "1.00", "0", "1.5", "0.50", "1.00",
     )  # fmt: skip
 
 
 def test_table_misses_its_aims_when_a_face_is_not_found() -> None:
     section = group_section(_all_results(), [Group.LONG], "t")
     assert [verdict.met for verdict in section.verdicts] == [False, True]
-    assert section.rows[0][3:] == ("-",) * 8  # no pass repaints nothing
+    assert section.rows[0][4:] == ("-",) * 8  # no pass repaints nothing
     assert "2 people; no face was found for 1" in section.notes[0]
     assert group_section(_all_results(), [Group.CROWD], "t").rows[1][1] == "0.0%"
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.likeness.crops import cut_face
-from benchmarks.likeness.damage import break_eye
+from benchmarks.likeness.damage import break_eye, remove_features
 from benchmarks.likeness.judge import Judge, Reading
 from benchmarks.likeness.network import EYES_MATCH, FACE
 from benchmarks.likeness.subjects import (
@@ -36,12 +36,14 @@ class Example:
     Attributes:
         crop: (128, 128, 3) uint8.
         broken: the same with one eye spoiled.
+        head: the same without a face.
         again: the same person in another scene, with another expression.
         truth: what is to be seen in ``crop``.
     """
 
     crop: Pixels
     broken: Pixels
+    head: Pixels
     again: Pixels
     truth: Values
 
@@ -60,6 +62,7 @@ def held_out_example(number: int) -> Example:
     return Example(
         crop=cut_face(picture.pixels, face.box),
         broken=cut_face(broken, face.box),
+        head=cut_face(remove_features(picture.pixels, face.landmarks, random), face.box),
         again=cut_face(second.pixels, face2.box),
         truth=values_of(scene.people[index][0]),
     )
@@ -79,14 +82,14 @@ def held_out_others(count: int) -> list[Pixels]:
 
 
 def accuracy_section(judge: Judge, count: int) -> Section:
-    """Measure the judge on ``count`` held-out people; a quarter as many squares without a face."""
+    """Measure the judge on ``count`` held-out people; as many heads without a face."""
     examples = [held_out_example(number) for number in range(count)]
     readings = judge.look([example.crop for example in examples])
     rows = [attribute_row(name, examples, readings) for name in ATTRIBUTES]
-    others = judge.look(held_out_others(max(1, count // 4)))
     faces = [reading.is_face for reading in readings]
-    blanks = [not reading.is_face for reading in others]
-    rows.append(_row(FACE, [*faces, *blanks], [faces, blanks]))
+    blanks = [not r.is_face for r in judge.look(held_out_others(max(1, count // 4)))]
+    heads = [not r.is_face for r in judge.look([example.head for example in examples])]
+    rows.append(_row(FACE, [*faces, *blanks, *heads], [faces, blanks, heads]))
     whole = [
         reading.eyes_match >= 0.5
         for reading, example in zip(readings, examples, strict=True)

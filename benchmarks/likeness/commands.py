@@ -90,8 +90,10 @@ def _add(results: Mapping[str, Results], added: Mapping[str, Results]) -> None:
 def _notes(bench: Bench, results: Mapping[str, Results]) -> list[str]:
     behind = tables.behind(results)
     return [
-        "Attributes right: of those that the prompt names. Cosine: between the judge's embeddings "
-        "of the face and of clean drawings of the same person. Improved: one of the two rose and "
+        "Faces seen: people in whom the judge sees eyes, nose and mouth; where it does not, no "
+        "attribute is right and the cosine is 0. Attributes right: of those that the prompt names. "
+        "Cosine: between the judge's embeddings of the face and of clean drawings of the same "
+        "person. Improved: one of the two rose and "
         "the other did not fall; worsened: one fell and the other did not rise; mixed: one rose, "
         f"one fell. A change of the cosine of up to {bench.margin:.4f} counts as none: so much "
         "does it change when the same face is cut out 1 % further to the side.",

@@ -40,13 +40,13 @@ class Likeness:
         right: attribute -> whether it is as the prompt says, for those that it names.
         cosine: to the same person drawn cleanly.
         eyes_match: probability that the eyes are a pair.
-        face: probability that it is a face.
+        is_face: eyes, nose and mouth are to be seen.
     """
 
     right: dict[str, bool]
     cosine: float
     eyes_match: float
-    face: float
+    is_face: bool
 
     @property
     def count(self) -> int:
@@ -135,7 +135,8 @@ class Bench:
 
     Attributes:
         margin: a change of the cosine of up to this is noise: the 95th percentile of what it
-            changes when the same faces are cut out 1 % of the square further right and down.
+            changes when the same faces are cut out 1 % of the square further right and down
+            (those that the judge takes for faces both times).
     """
 
     def __init__(self, studio: Studio, judge: Judge, bases: Sequence[Base]) -> None:
@@ -196,7 +197,7 @@ class Bench:
             changes += [
                 abs(new.cosine - old.cosine)
                 for old, new in zip(subject.before, moved, strict=True)
-                if old is not None and new is not None
+                if old is not None and new is not None and old.is_face and new.is_face
             ]
         return float(np.quantile(changes, _NOISE_QUANTILE)) if changes else 0.0
 
@@ -241,7 +242,7 @@ def likeness_of(reading: Reading, person: Character, reference: Floats) -> Liken
         right=reading.right(person.truth),
         cosine=reading.cosine(reference),
         eyes_match=reading.eyes_match,
-        face=reading.face,
+        is_face=reading.is_face,
     )
 
 

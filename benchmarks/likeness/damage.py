@@ -2,7 +2,7 @@
 
 Small faces, super-resolution, an autoencoder's blur and drift of colour, noise, JPEG. No network is
 part of it: the judge must not learn what this project's generator looks like. `break_eye` makes
-eyes that do not match.
+eyes that do not match, `remove_features` heads without a face.
 """
 
 from __future__ import annotations
@@ -158,3 +158,67 @@ def _spoiled(
     return np.asarray(
         cv2.warpAffine(pixels, matrix, size, borderMode=cv2.BORDER_REPLICATE), np.uint8
     )
+
+
+def remove_features(pixels: Pixels, landmarks: Points, random: np.random.Generator) -> Pixels:
+    """Leave a head without a face: eyes, nose and mouth smoothed away, smeared, or in disorder.
+
+    Args:
+        pixels: (S, S, 3) uint8.
+        landmarks: (5, 2), px, as `demo.world.Face` has them.
+        random: decides how.
+
+    Returns:
+        A new picture; hair, ears and what is around the head are as before, except in the one of
+        five whose whole is too coarse to show features.
+    """
+    apart = float(np.hypot(*(landmarks[1] - landmarks[0])))
+    kind = ("smooth", "smeared", "bent", "shuffled", "coarse")[int(random.integers(5))]
+    if kind == "coarse":
+        # A face of a few pixels: the square is about 4.4 times as wide as the eyes are apart.
+        small = max(3, round(pixels.shape[0] / apart * (1.0 + 0.8 * random.random())))
+        return _small_and_back(pixels, small, random)
+    x, y = (float(value) for value in landmarks.mean(0))
+    reach = int(1.05 * apart)
+    left, top = max(0, int(x) - reach), max(0, int(y) - reach)
+    inner = pixels[top : top + 2 * reach, left : left + 2 * reach]
+    changed = _without_features(inner, kind, apart, random)
+    column = (np.arange(inner.shape[1], dtype=np.float32) + 0.5 + left - x) / apart
+    row = (np.arange(inner.shape[0], dtype=np.float32) + 0.5 + top - y) / apart
+    away = np.hypot(column[None], row[:, None])[..., None]
+    share = np.clip((1.05 - away) / 0.15, 0, 1)
+    result = pixels.copy()
+    result[top : top + inner.shape[0], left : left + inner.shape[1]] = (
+        inner + (changed - inner.astype(np.float32)) * share + 0.5
+    )
+    return result
+
+
+def _without_features(
+    inner: Pixels, kind: str, apart: float, random: np.random.Generator
+) -> Pixels:
+    """The middle of a face, spoiled as a whole."""
+    if kind == "smooth":
+        sigma = (0.3 + 0.4 * random.random()) * apart
+        return np.asarray(cv2.GaussianBlur(inner, (0, 0), sigma), np.uint8)
+    if kind == "smeared":
+        length = max(3, int((0.9 + 0.8 * random.random()) * apart))
+        across = random.random() < 0.5
+        smeared = cv2.blur(inner, (length, 3) if across else (3, length))
+        return np.asarray(cv2.GaussianBlur(smeared, (0, 0), 0.08 * apart), np.uint8)
+    if kind == "bent":
+        size = (inner.shape[1], inner.shape[0])
+        coarse = random.standard_normal((2, 4, 4)).astype(np.float32) * np.float32(0.35 * apart)
+        across, down = (cv2.resize(f, size, interpolation=cv2.INTER_CUBIC) for f in coarse)
+        column, row = np.meshgrid(*(np.arange(side, dtype=np.float32) for side in size))
+        bent = cv2.remap(inner, column + across, row + down, cv2.INTER_LINEAR,
+                         borderMode=cv2.BORDER_REFLECT)  # fmt: skip
+        return np.asarray(bent, np.uint8)
+    rows, columns = (np.array_split(np.arange(side), 4) for side in inner.shape[:2])
+    shuffled = inner.copy()
+    places = [(r, c) for r in rows for c in columns]
+    for place, source in zip(places, random.permutation(len(places)), strict=True):
+        part = inner[np.ix_(*places[int(source)])]
+        size = (len(place[1]), len(place[0]))
+        shuffled[np.ix_(*place)] = cv2.resize(part, size, interpolation=cv2.INTER_NEAREST)
+    return np.asarray(cv2.GaussianBlur(shuffled, (0, 0), 0.1 * apart), np.uint8)

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.format import open_memmap
 
-from benchmarks.likeness.crops import cut_face
-from benchmarks.likeness.damage import break_eye, damage
+from benchmarks.likeness.crops import CROP_FACTOR, cut_face
+from benchmarks.likeness.damage import break_eye, damage, remove_features
 from benchmarks.likeness.network import EYES_MATCH, FACE, HEADS
 from benchmarks.likeness.subjects import (
     DRAWN_PX,
@@ -31,6 +31,8 @@ UNKNOWN = -1
 _HEAD_NAMES = tuple(HEADS)
 #: Below this many pixels a crop does not tell whether its eyes are a pair.
 _EYES_FROM_PX = 56.0
+#: Below this many a face is neither asked for nor ruled out.
+_FACE_FROM_PX = 40.0
 _BROKEN_SHARE = 0.25
 _ARRAYS: dict[str, tuple[tuple[int, ...], type]] = {
     "images": ((DRAWN_PX, DRAWN_PX, 3), np.uint8),
@@ -155,7 +157,7 @@ class TrainingSet:
 
         Args:
             people: how many, twice each.
-            others: squares without a face.
+            others: squares without a face, half of them heads.
             random: decides everything.
             severity: share of the crops that may be damaged, 0 to 1.
         """
@@ -163,7 +165,8 @@ class TrainingSet:
         rows = [*(2 * chosen), *(2 * chosen + 1)]
         crops, labels = zip(*(self._face(int(row), random, severity) for row in rows), strict=True)
         none = labels_of({}, face=False, pair=False)
-        blanks = [self._other(random) for _ in range(others)]
+        blanks = [self._head(random) for _ in range(others // 2)]
+        blanks += [self._other(random) for _ in range(others - others // 2)]
         return Batch(
             crops=np.stack([*crops, *blanks]),
             labels=np.stack([*labels, *[none] * others]),
@@ -179,21 +182,32 @@ class TrainingSet:
             image = break_eye(image, self.landmarks[row].astype(np.float64), side, random)
             labels[_HEAD_NAMES.index(EYES_MATCH)] = 0
             labels[_HEAD_NAMES.index(("left eye", "right eye")[side])] = UNKNOWN
-        x0, y0, x1, y1 = (float(value) for value in self.boxes[row])
-        # As a detector's boxes are: a little off, a little small or large.
-        shift = tuple((random.random(2) * 2 - 1) * 0.04)
-        crop = cut_face(
-            np.asarray(image),
-            (x0, y0, x1, y1),
-            factor=2.1 * (0.88 + 0.28 * random.random()),
-            shift=(float(shift[0]), float(shift[1])),
-        )
+        crop = self._cut(row, np.asarray(image), random)
         if random.random() >= severity:
             return crop, labels
         damaged = damage(crop, random)
         if damaged.resolution_px < _EYES_FROM_PX:
             labels[_HEAD_NAMES.index(EYES_MATCH)] = UNKNOWN
+        if damaged.resolution_px < _FACE_FROM_PX:
+            labels[_HEAD_NAMES.index(FACE)] = UNKNOWN
         return damaged.pixels, labels
+
+    def _cut(self, row: int, image: Pixels, random: np.random.Generator) -> Pixels:
+        """Cut the face out as a detector's boxes are: a little off, a little small or large."""
+        x0, y0, x1, y1 = (float(value) for value in self.boxes[row])
+        shift = (random.random(2) * 2 - 1) * 0.04
+        factor = CROP_FACTOR * (0.88 + 0.28 * random.random())
+        return cut_face(
+            image, (x0, y0, x1, y1), factor=factor, shift=(float(shift[0]), float(shift[1]))
+        )
+
+    def _head(self, random: np.random.Generator) -> Pixels:
+        """A head without a face."""
+        row = int(random.integers(len(self.images)))
+        landmarks = self.landmarks[row].astype(np.float64)
+        image = remove_features(np.asarray(self.images[row]), landmarks, random)
+        crop = self._cut(row, image, random)
+        return damage(crop, random).pixels if random.random() < 0.5 else crop
 
     def _other(self, random: np.random.Generator) -> Pixels:
         """A square of a scene, one colour, or noise."""

@@ -19,7 +19,8 @@ Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 WEIGHTS = Path(__file__).resolve().parent / "judge.safetensors"
-#: From this probability on a crop counts as a face. In what is none, no attribute is right.
+#: From this probability on a crop counts as a face: eyes, nose and mouth are to be seen. In what
+#: is none, no attribute is right and nobody's likeness, whatever its colours would suggest.
 FACE_FROM = 0.5
 _BATCH = 64
 
@@ -30,7 +31,7 @@ class Reading:
 
     Attributes:
         values: attribute -> its likeliest value.
-        face: probability that it is a face at all.
+        face: probability that eyes, nose and mouth are to be seen.
         eyes_match: probability that its eyes are a pair.
         embedding: (64,) float32 of length one; the angle between two says how alike they are.
     """
@@ -50,8 +51,8 @@ class Reading:
         return {name: self.is_face and self.values[name] == truth[name] for name in truth}
 
     def cosine(self, reference: Floats) -> float:
-        """Return the cosine to another embedding of length one."""
-        return float(self.embedding @ reference)
+        """Return the cosine to another embedding of length one; 0 where there is no face."""
+        return float(self.embedding @ reference) if self.is_face else 0.0
 
 
 class Judge:

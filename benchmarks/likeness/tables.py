@@ -13,23 +13,27 @@ from benchmarks.results import Section, Verdict
 IMPROVED_AIM, WORSENED_AIM = 0.95, 0.01
 NO_PASS, OURS = "no pass", "closeup"
 COLUMNS = (
-    "method", "attributes right", "cosine", "improved", "mixed", "worsened", "seam",
+    "method", "faces seen", "attributes right", "cosine", "improved", "mixed", "worsened", "seam",
     "bytes outside its mask", "kB beyond the faces", "s a face", "CPU s a face",
 )  # fmt: skip
 
 
 def attribute_share(faces: Sequence[FaceResult], *, after: bool) -> float:
     """Return the share of named attributes that are right, over people whose face was found."""
-    sides = [_side(face, after) for face in faces]
-    judged = [side for side in sides if side is not None]
+    judged = [side for side in _sides(faces, after) if side is not None]
     named = sum(len(side.right) for side in judged)
     return sum(side.count for side in judged) / named if named else 0.0
 
 
+def seen_share(faces: Sequence[FaceResult], *, after: bool) -> float:
+    """Return the share of people in whom the judge sees a face."""
+    seen = sum(side is not None and side.is_face for side in _sides(faces, after))
+    return seen / len(faces) if faces else 0.0
+
+
 def mean_cosine(faces: Sequence[FaceResult], *, after: bool) -> float:
     """Return the mean cosine to the person drawn cleanly, over people whose face was found."""
-    sides = [_side(face, after) for face in faces]
-    cosines = [side.cosine for side in sides if side is not None]
+    cosines = [side.cosine for side in _sides(faces, after) if side is not None]
     return statistics.fmean(cosines) if cosines else 0.0
 
 
@@ -38,8 +42,8 @@ def outcome_share(faces: Sequence[FaceResult], outcome: Outcome) -> float:
     return sum(face.outcome is outcome for face in faces) / len(faces) if faces else 0.0
 
 
-def _side(face: FaceResult, after: bool) -> Likeness | None:
-    return face.after if after else face.before
+def _sides(faces: Sequence[FaceResult], after: bool) -> list[Likeness | None]:
+    return [face.after if after else face.before for face in faces]
 
 
 def group_section(results: Mapping[str, Results], groups: Sequence[Group], title: str) -> Section:
@@ -91,6 +95,7 @@ def method_row(name: str, result: Results) -> tuple[str, ...]:
     ]
     first = [
         name,
+        f"{seen_share(result.faces, after=True):.1%}",
         f"{attribute_share(result.faces, after=True):.1%}",
         f"{mean_cosine(result.faces, after=True):.3f}",
     ]
@@ -133,6 +138,7 @@ def _right_share(side: Sequence[Likeness], attribute: str) -> str:
 def behind(results: Mapping[str, Results]) -> list[str]:
     """Return the columns in which another face pass is ahead of closeup, with its name."""
     measures: dict[str, Callable[[Results], float]] = {
+        "faces seen": lambda r: seen_share(r.faces, after=True),
         "attributes right": lambda r: attribute_share(r.faces, after=True),
         "cosine": lambda r: mean_cosine(r.faces, after=True),
         "improved": lambda r: outcome_share(r.faces, Outcome.IMPROVED),

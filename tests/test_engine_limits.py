@@ -81,6 +81,8 @@ class RecordingEncoder:
     async def infer(
         self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str]
     ) -> dict[str, Any]:
+        if "ticket" in outputs:
+            return {"ticket": np.array([1]), "warnings": np.array([b"[]"], np.object_)}
         self.ids = inputs["input_ids"]
         return {"context": np.repeat(self.ids[..., None], 3, 2).astype(np.float32)}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -72,12 +73,17 @@ class EagerProcess:
     def run(self, fields: dict[str, Any], out: Path) -> EagerRun:
         """Run one request and write its picture to ``out``."""
         assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps({"fields": fields, "out": str(out)}) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
         return EagerRun(
             wall_s=answer["wall_s"], timings_ms=answer["timings_ms"], faces=answer["faces"]
         )
+
+    def pause(self) -> None:
+        """Hold the process until its next turn: threads that wait actively take a core else."""
+        self._process.send_signal(signal.SIGSTOP)
 
     def __enter__(self) -> EagerProcess:
         return self
@@ -89,6 +95,7 @@ class EagerProcess:
         trace: TracebackType | None,
     ) -> None:
         self._process.terminate()
+        self._process.send_signal(signal.SIGCONT)  # were it held, it would not end
         self._process.wait()
 
     def _answer(self) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def measure_whole_request(
     ours: list[_Sample] = []
     theirs: list[_Sample] = []
     faces = 0
+    eager.pause()
     for repeat in range(-warm_ups, repeats):
         with timed_cpu(server.pid) as spent:
             answer = server.run(subject.fields)
@@ -59,6 +60,7 @@ def measure_whole_request(
                             timings_ms=answer.result.info["timings_ms"]))  # fmt: skip
         with timed_cpu(eager.pid) as spent:
             other = eager.run(subject.fields, out / "eager.png")
+        eager.pause()
         theirs.append(_Sample(wall_s=other.wall_s, cpu_s=spent["cpu_s"],
                               timings_ms=other.timings_ms))  # fmt: skip
         if repeat == 0:

@@ -157,7 +157,7 @@ class TrainingSet:
 
         Args:
             people: how many, twice each.
-            others: squares without a face, half of them heads.
+            others: squares without a face, two thirds of them heads.
             random: decides everything.
             severity: share of the crops that may be damaged, 0 to 1.
         """
@@ -165,8 +165,9 @@ class TrainingSet:
         rows = [*(2 * chosen), *(2 * chosen + 1)]
         crops, labels = zip(*(self._face(int(row), random, severity) for row in rows), strict=True)
         none = labels_of({}, face=False, pair=False)
-        blanks = [self._head(random) for _ in range(others // 2)]
-        blanks += [self._other(random) for _ in range(others - others // 2)]
+        heads = others * 2 // 3
+        blanks = [self._head(random) for _ in range(heads)]
+        blanks += [self._other(random) for _ in range(others - heads)]
         return Batch(
             crops=np.stack([*crops, *blanks]),
             labels=np.stack([*labels, *[none] * others]),

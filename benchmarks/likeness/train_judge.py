@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
         random = np.random.default_rng([options.seed, run.step])
         # Clean drawings first: small marks are found sooner in them.
         severity = min(1.0, run.step / (0.4 * options.steps))
-        batch = data.draw(options.batch, options.batch // 3, random, severity)
+        batch = data.draw(options.batch, options.batch // 2, random, severity)
         learn(run, batch, schedule.at(run.step))
         if run.step % options.save_every == 0:
             run.save()

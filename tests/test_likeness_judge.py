@@ -80,7 +80,7 @@ def test_nothing_is_right_when_there_is_no_face(judge: Judge, examples: list[Exa
 
 
 @pytest.mark.xfail(
-    strict=True, reason="the committed judge was trained before heads without features were shown"
+    strict=True, reason="the committed judge still takes some heads without features for faces"
 )
 def test_a_head_is_no_face_when_its_features_are_gone(
     judge: Judge, examples: list[Example]

@@ -14,27 +14,31 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from benchmarks.likeness.drawings import UNKNOWN, Batch, TrainingSet, draw_training_set
 from benchmarks.likeness.judge import WEIGHTS
-from benchmarks.likeness.network import HEADS, JudgeNetwork, tensor_from_crops
+from benchmarks.likeness.network import FACE, HEADS, JudgeNetwork, tensor_from_crops
 from benchmarks.subjects import ROOT
 from demo.training import Average, Run, Schedule, add_run_arguments, save_half, size_of
 
 FOLDER = ROOT / "out" / "likeness" / "judge"
 _TEMPERATURE = 0.15
 _EMBEDDING_SHARE = 0.5
+#: Whether it is a face at all is the hardest question, and decides over all the others.
+_LOSS_WEIGHTS = {FACE: 4.0}
 
 
 def attribute_loss(
     logits: dict[str, torch.Tensor], labels: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
-    """Mean cross-entropy over heads, unknown labels left out, and the share of right answers."""
+    """Weighted mean of the heads' cross-entropies, unknown labels left out; share of right ones."""
     losses, right, known = [], 0, 0
-    for column, values in enumerate(logits.values()):
+    for column, (name, values) in enumerate(logits.items()):
         truth = labels[:, column]
         there = truth != UNKNOWN
-        losses.append(F.cross_entropy(values[there], truth[there], label_smoothing=0.02))
+        loss = F.cross_entropy(values[there], truth[there], label_smoothing=0.02)
+        losses.append(_LOSS_WEIGHTS.get(name, 1.0) * loss)
         right += int((values[there].argmax(1) == truth[there]).sum())
         known += int(there.sum())
     return torch.stack(losses).mean(), right / known
@@ -64,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--others", type=int, default=2000, help="squares without a face")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--start", type=Path, help="weights to go on from; damage is full at once")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     return parser
 
@@ -72,6 +77,8 @@ def start_run(options: argparse.Namespace) -> Run:
     """A run from the beginning or from its checkpoint."""
     torch.manual_seed(options.seed)
     network = JudgeNetwork().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if options.start:
+        network.load_state_dict({k: v.float() for k, v in load_file(options.start).items()})
     print(size_of(network))
     parameters = list(network.parameters())
     run = Run(
@@ -123,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         # A stream of its own for every step: a resumed run goes on as if never stopped.
         random = np.random.default_rng([options.seed, run.step])
         # Clean drawings first: small marks are found sooner in them.
-        severity = min(1.0, run.step / (0.4 * options.steps))
+        severity = 1.0 if options.start else min(1.0, run.step / (0.4 * options.steps))
         batch = data.draw(options.batch, options.batch // 2, random, severity)
         learn(run, batch, schedule.at(run.step))
         if run.step % options.save_every == 0:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from demo.pictures import WORDINGS, load_captions
 from demo.tokenizer import load_tokenizer
-from demo.training import CACHE, WEIGHTS
+from demo.training import CACHE, WEIGHTS, mixed_precision
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def encode_pictures(
     for first in range(0, len(images), batch):
         pixels = torch.from_numpy(np.ascontiguousarray(images[first : first + batch]))
         pixels = pixels.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast(device, torch.bfloat16):
+        with mixed_precision(device):
             mean = vae.encode(pixels.to(memory_format=torch.channels_last)).latent_dist.mean
         scaled = mean.float() * vae.config.scaling_factor
         latents[first : first + batch] = scaled.cpu().numpy()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from demo.latents import load_vae
 from demo.train_unet import Dataset, load_networks, noise_schedule
-from demo.training import CACHE, WEIGHTS
+from demo.training import CACHE, WEIGHTS, mixed_precision
 
 _STEPS = 4
 
@@ -73,7 +73,7 @@ def redraw(
         start = 0 if random.random() < 1 / 3 else int(random.integers(60, noise))
         context = encoder(data.tokens[part, 0].long().to(device)).last_hidden_state
         latents = data.latents[part].float().to(device)
-        with torch.autocast(device, torch.bfloat16):
+        with mixed_precision(device):
             latents = denoise(unet, context, latents, start, products, generator)
             decoded = vae.decode(latents.float() / vae.config.scaling_factor).sample
         pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5

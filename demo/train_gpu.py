@@ -27,6 +27,7 @@ from diffusers import AutoencoderKL
 
 from demo.picture_stream import PictureStream
 from demo.pictures import NATIVE_PX, PictureSet
+from demo.tokenizer import load_tokenizer
 from demo.train_unet import (
     Dataset,
     diffusion_loss,
@@ -34,9 +35,10 @@ from demo.train_unet import (
     face_weights,
     load_networks,
     noise_schedule,
+    rare_shares,
 )
 from demo.train_vae import build_vae, export_vae, vae_loss, whiten
-from demo.training import CACHE, RUNS, WEIGHTS, Average, Run
+from demo.training import CACHE, RUNS, WEIGHTS, Average, Run, mixed_precision
 
 _FIRST_PICTURES = 2048
 _ENCODE_BATCH = 256
@@ -149,8 +151,10 @@ class GrowingData:
         data: what can be drawn from now.
     """
 
-    def __init__(self, vae: Any, stream: PictureStream, device: str) -> None:
+    def __init__(self, vae: Any, stream: PictureStream, options: argparse.Namespace) -> None:
+        device = options.device
         self._vae, self._stream, self._device = vae, stream, device
+        self._tokenizer, self._rare = load_tokenizer(options.start), options.rare
         side = stream.images.shape[1] // 8
         self._latents = torch.empty(
             (stream.count, 4, side, side), dtype=torch.float16, device=device
@@ -159,6 +163,7 @@ class GrowingData:
         self._weights = torch.empty(
             (stream.count, 1, side, side), dtype=torch.float16, device=device
         )
+        self._shares = torch.ones(stream.count, device=device)
         self.count = 0
         self.grow(_ENCODE_BATCH)
 
@@ -169,6 +174,7 @@ class GrowingData:
             latents=self._latents[: self.count],
             tokens=self._tokens[: self.count],
             weights=self._weights[: self.count],
+            shares=self._shares[: self.count] if self._rare else None,
         )
 
     @torch.no_grad()
@@ -196,10 +202,12 @@ class GrowingData:
     def _encode(self, first: int, end: int) -> None:
         pixels = torch.from_numpy(self._stream.images[first:end]).to(self._device)
         pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast(pixels.device.type, torch.bfloat16):
+        with mixed_precision(pixels.device.type):
             mean = self._vae.encode(pixels.to(memory_format=torch.channels_last)).latent_dist.mean
         self._latents[first:end] = mean.float() * self._vae.config.scaling_factor
-        self._tokens[first:end] = torch.from_numpy(self._stream.tokens[first:end])
+        tokens = torch.from_numpy(self._stream.tokens[first:end])
+        self._tokens[first:end] = tokens
+        self._shares[first:end] = rare_shares(tokens, self._tokenizer, self._rare)
         self._weights[first:end] = face_weights(
             self._stream.faces[first:end], self._latents.shape[-1]
         )
@@ -227,7 +235,7 @@ def unet_loss(
 ) -> torch.Tensor:  # fmt: skip
     """`diffusion_loss` of latents, token ids and weights, as `Dataset.draw` gives them."""
     latents, ids, weights = batch
-    with torch.autocast(latents.device.type, torch.bfloat16):
+    with mixed_precision(latents.device.type):
         context = run.modules["text_encoder"](ids).last_hidden_state
     return diffusion_loss(unet, context, latents, weights, products, run.generator)
 
@@ -298,6 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--cooldown", type=float, default=0.45)
+    parser.add_argument("--rare", type=float, default=1.0, help="favour pictures of rare words")
     parser.add_argument("--dropout", type=float, default=0.1, help="share of empty captions")
     parser.add_argument("--decay", type=float, default=0.999)
     parser.add_argument("--eager", action="store_true", help="do not compile the UNet")
@@ -327,7 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
     vae = start_vae(options)
     if options.vae_minutes > 0:
         train_vae(vae, stream, options)
-    growing = GrowingData(vae, stream, options.device)
+    growing = GrowingData(vae, stream, options)
     _report({"encoded": growing.count, "seconds": time.monotonic() - started_s,
              "spread": float(growing.data.latents[:2048].float().std())})  # fmt: skip
     left_s = 60 * options.minutes - (time.monotonic() - started_s)

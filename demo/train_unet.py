@@ -9,8 +9,9 @@ Stops after ``--minutes`` or ``--steps``, saves, and writes the averaged weights
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,26 @@ from diffusers.models.attention_processor import AttnProcessor
 from numpy.typing import NDArray
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from demo.training import CACHE, WEIGHTS, Average, Run, Schedule, add_run_arguments, size_of
+from demo.tokenizer import load_tokenizer
+from demo.training import (
+    CACHE,
+    WEIGHTS,
+    Average,
+    Run,
+    Schedule,
+    add_run_arguments,
+    mixed_precision,
+    size_of,
+)
 
 START_TOKEN, END_TOKEN = 725, 726
 _FACE_WEIGHT = 2.0
+_FEATURE_WEIGHT = 3.0
+#: Half side of the square around an eye, the nose or a mouth's corner, in shares of the face.
+_FEATURE_REACH = 0.14
 _SNR_CAP = 5.0
+_RARE_WORDS = {"freckles": 1.0, "mole": 1.0, "earrings": 1.0, "eyes": 0.5, "surprised": 0.5}
+"""Word of a caption -> how much more often its picture is drawn, where rare ones are wanted."""
 
 
 def build_unet(sample_size: int = 24) -> Any:
@@ -83,15 +99,17 @@ class Dataset:
         latents: (N, 4, h, w) float16.
         tokens: (N, W, 77) int16.
         weights: (N, 1, h, w) float16, above 1 on faces.
+        shares: (N,) float32, how often each picture is drawn, relative; None for equally often.
     """
 
     latents: torch.Tensor
     tokens: torch.Tensor
     weights: torch.Tensor
+    shares: torch.Tensor | None = None
 
     @staticmethod
     def load(folder: Path) -> Dataset:
-        """Read latents, tokens and faces."""
+        """Read latents, tokens and faces, as `demo.pictures` and `demo.latents` leave them."""
         latents = np.load(folder / "latents.npy")
         faces = np.load(folder / "faces.npy")[: len(latents)]
         return Dataset(
@@ -108,7 +126,10 @@ class Dataset:
         The generator must be on the data's device.
         """
         device = self.latents.device
-        rows = torch.randint(0, len(self.latents), (count,), generator=generator, device=device)
+        if self.shares is None:
+            rows = torch.randint(0, len(self.latents), (count,), generator=generator, device=device)
+        else:
+            rows = torch.multinomial(self.shares, count, replacement=True, generator=generator)
         wording = torch.randint(
             0, self.tokens.shape[1], (count,), generator=generator, device=device
         )
@@ -120,8 +141,27 @@ class Dataset:
         return self.latents[rows].float(), ids, self.weights[rows].float()
 
 
+def rare_shares(tokens: torch.Tensor, tokenizer: Any, strength: float) -> torch.Tensor:
+    """How often to draw each picture: 1, and more for what captions say but seldom show.
+
+    Args:
+        tokens: (N, W, 77) integers, the wordings of every picture.
+        tokenizer: gave the tokens.
+        strength: factor on `_RARE_WORDS`; 0 gives ones.
+
+    Returns:
+        (N,) float32, relative frequencies.
+    """
+    shares = torch.ones(len(tokens))
+    for word, more in _RARE_WORDS.items():
+        (token,) = tokenizer(word, add_special_tokens=False)["input_ids"]
+        named = (tokens == token).sum((1, 2)).float() / tokens.shape[1]
+        shares += strength * more * named.to(shares.device)
+    return shares
+
+
 def face_weights(faces: NDArray[np.float32], side: int) -> torch.Tensor:
-    """Loss weights (N, 1, side, side) float16: a face's cells count up to three times.
+    """Loss weights (N, 1, side, side) float16: face cells count 3 times, eyes and mouths 6 times.
 
     Args:
         faces: (N, F, 14) boxes and landmarks in pixels, NaN where there is none.
@@ -129,10 +169,23 @@ def face_weights(faces: NDArray[np.float32], side: int) -> torch.Tensor:
     """
     weights = np.ones((len(faces), 1, side, side), np.float16)
     for row, boxes in enumerate(faces):
-        for x0, y0, x1, y1 in boxes[~np.isnan(boxes[:, 0]), :4]:
-            columns = slice(int(x0 / 8), int(np.ceil(x1 / 8)))
-            weights[row, 0, int(y0 / 8) : int(np.ceil(y1 / 8)), columns] = 1 + _FACE_WEIGHT
+        found = boxes[~np.isnan(boxes[:, 0])]
+        for face in found:
+            weights[row, 0][_cells(*face[:4])] = 1 + _FACE_WEIGHT
+        for face in found:
+            reach = _FEATURE_REACH * float(face[2] - face[0])
+            for x, y in face[4:].reshape(5, 2):
+                cells = _cells(x - reach, y - reach, x + reach, y + reach)
+                weights[row, 0][cells] = 1 + _FACE_WEIGHT + _FEATURE_WEIGHT
     return torch.from_numpy(weights)
+
+
+def _cells(x0: float, y0: float, x1: float, y1: float) -> tuple[slice, slice]:
+    """Rows and columns of the latents that a box in pixels touches."""
+    return (
+        slice(max(0, int(y0 / 8)), max(0, math.ceil(y1 / 8))),
+        slice(max(0, int(x0 / 8)), max(0, math.ceil(x1 / 8))),
+    )
 
 
 def diffusion_loss(
@@ -164,7 +217,7 @@ def diffusion_loss(
     kept = products[steps][:, None, None, None]
     signal, spread = kept.sqrt(), (1 - kept).sqrt()
     velocity = signal * noise - spread * latents
-    with torch.autocast(device.type, torch.bfloat16):
+    with mixed_precision(device.type):
         predicted = unet(signal * latents + spread * noise, steps, context).sample
     # v's own weight of a clean picture's error is SNR + 1; capped, fine noise does not rule.
     capped = ((_SNR_CAP + 1) * (1 - kept)).clamp(max=1.0)
@@ -207,6 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocabulary", type=int, default=803, help="tokens, for a new encoder")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--cooldown", type=int, default=0, help="last steps, rate falling to 0")
+    parser.add_argument("--rare", type=float, default=0.0, help="favour pictures of rare words")
     parser.add_argument("--dropout", type=float, default=0.1, help="share of empty captions")
     parser.add_argument("--decay", type=float, default=0.999, help="of the moving average")
     return parser
@@ -250,7 +304,7 @@ def train(run: Run, data: Dataset, options: argparse.Namespace) -> None:
     while run.step < options.steps and time.monotonic() < end_s:
         drawn = data.draw(options.batch, run.generator, options.dropout)
         latents, ids, weights = (tensor.to(options.device) for tensor in drawn)
-        with torch.autocast(latents.device.type, torch.bfloat16):
+        with mixed_precision(latents.device.type):
             context = encoder(ids).last_hidden_state
         loss = diffusion_loss(unet, context, latents, weights, products, run.generator)
         run.advance(loss, schedule.at(run.step))
@@ -266,6 +320,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     data = Dataset.load(options.data)
+    if options.rare:
+        shares = rare_shares(data.tokens, load_tokenizer(options.out), options.rare)
+        data = replace(data, shares=shares)
     run = start_run(options, data.latents.shape[-1])
     if not options.export_only:
         train(run, data, options)

@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
-from demo.training import CACHE, WEIGHTS, Average, Run, Schedule, add_run_arguments, size_of
+from demo.training import (
+    CACHE,
+    WEIGHTS,
+    Average,
+    Run,
+    Schedule,
+    add_run_arguments,
+    mixed_precision,
+    size_of,
+)
 
 
 def build_vae() -> Any:
@@ -81,7 +90,7 @@ def vae_loss(vae: Any, pixels: torch.Tensor, kl_weight: float) -> tuple[torch.Te
         pixels: (B, 3, H, W) float32 in [-1, 1].
         kl_weight: weight of the mean KL divergence per latent value.
     """
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    with mixed_precision(pixels.device.type):
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample()).sample
     decoded, mean, logvar = decoded.float(), posterior.mean.float(), posterior.logvar.float()

@@ -45,6 +45,16 @@ class Schedule:
         return self.learning_rate * up * max(0.0, down)
 
 
+def mixed_precision(device: str) -> torch.autocast:
+    """Autocast to bfloat16 where the device computes in it.
+
+    A CPU without such instructions emulates them, many times slower than float32.
+    """
+    able = torch.cpu.get_capabilities()
+    fast = device != "cpu" or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return torch.autocast(device, torch.bfloat16, enabled=fast)
+
+
 class Average:
     """An exponential moving average of parameters, with a short memory at the start.
 

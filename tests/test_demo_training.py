@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from demo.latents import encode_captions
 from demo.pictures import PictureSet, render_pictures
+from demo.tokenizer import load_tokenizer
+from demo.train_unet import Dataset, face_weights, rare_shares
 from demo.training import Schedule
 from export.detector import (
     OUTPUT_NAMES,
@@ -98,13 +101,51 @@ def test_train_unet_goes_on_and_exports_when_resumed(pictures: Path, tmp_path: P
         ["--pictures", str(pictures), "--weights", str(weights), "--threads", "1"]
         + ["--device", "cpu"]
     )
-    more = ("--data", str(pictures), "--out", str(weights))
+    more = ("--data", str(pictures), "--out", str(weights), "--rare", "1")
     for steps in (2, 3):
         train_unet.main(_arguments(tmp_path / "run", steps, *more))
         assert _steps(tmp_path / "run") == steps
     unet = UNet2DConditionModel.from_pretrained(weights / "unet", torch_dtype=torch.float16)
     assert unet.conv_in.weight.dtype == torch.float16
     assert json.loads((weights / "text_encoder" / "config.json").read_text())["vocab_size"] == 803
+
+
+def test_face_weights_are_highest_at_the_features_when_a_face_is_given() -> None:
+    face = np.full((1, 3, 14), np.nan, np.float32)
+    # A face over cells 4 to 11 each way, and its five landmarks.
+    face[0, 0] = [32, 32, 96, 96, 48, 56, 80, 56, 64, 70, 52, 80, 76, 80]
+    weights = face_weights(face, 16)[0, 0].float()
+    assert weights[0, 0] == 1.0
+    assert weights[4, 4] == weights[11, 11] == 3.0
+    assert weights[7, 6] == weights[7, 10] == weights[10, 6] == 6.0
+    assert weights[12:].max() == weights[:, 12:].max() == 1.0
+
+
+def test_face_weights_stay_inside_when_a_face_leaves_the_picture() -> None:
+    face = np.full((1, 1, 14), np.nan, np.float32)
+    face[0, 0] = [0, 0, 40, 40, 0, 10, 30, 10, 15, 20, 5, 30, 25, 30]
+    weights = face_weights(face, 8)[0, 0].float()
+    assert weights[1, 0] == 6.0
+    assert weights[7, 7] == 1.0
+
+
+def test_rare_shares_favour_rare_words_when_captions_hold_them() -> None:
+    captions = [["a man", "a man"], ["a man with freckles", "a man with freckles and blue eyes"]]
+    tokenizer = load_tokenizer(TOKENIZER.parent)
+    tokens = torch.from_numpy(encode_captions(tokenizer, [pair * 2 for pair in captions]))
+    assert rare_shares(tokens, tokenizer, 2.0).tolist() == [1.0, 1.0 + 2.0 * 1.25]
+
+
+def test_dataset_draws_a_picture_as_often_as_its_share_when_shares_are_given() -> None:
+    data = Dataset(
+        latents=torch.arange(2.0).reshape(2, 1, 1, 1).half(),
+        tokens=torch.zeros(2, 1, 77, dtype=torch.int16),
+        weights=torch.ones(2, 1, 1, 1),
+        shares=torch.tensor([1.0, 3.0]),
+    )
+    drawn, _, _ = data.draw(4000, torch.Generator().manual_seed(1), 0.0)
+    # Three in four; a standard deviation is 0.007.
+    assert drawn.mean().item() == pytest.approx(0.75, abs=0.03)
 
 
 def test_train_detector_exports_a_detector_when_resumed(pictures: Path, tmp_path: Path) -> None:

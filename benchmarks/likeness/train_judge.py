@@ -20,7 +20,15 @@ from benchmarks.likeness.drawings import UNKNOWN, Batch, TrainingSet, draw_train
 from benchmarks.likeness.judge import WEIGHTS
 from benchmarks.likeness.network import FACE, HEADS, JudgeNetwork, tensor_from_crops
 from benchmarks.subjects import ROOT
-from demo.training import Average, Run, Schedule, add_run_arguments, save_half, size_of
+from demo.training import (
+    Average,
+    Run,
+    Schedule,
+    add_run_arguments,
+    mixed_precision,
+    save_half,
+    size_of,
+)
 
 FOLDER = ROOT / "out" / "likeness" / "judge"
 _TEMPERATURE = 0.15
@@ -97,7 +105,7 @@ def learn(run: Run, batch: Batch, learning_rate: float) -> None:
     """One step."""
     crops = tensor_from_crops(batch.crops).to(memory_format=torch.channels_last)
     labels = torch.from_numpy(batch.labels).long()
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision("cpu"):
         logits, embeddings = run.modules["judge"](crops)
     loss, right = attribute_loss(logits, labels)
     pairs = pair_loss(embeddings, batch.people)

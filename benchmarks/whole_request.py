@@ -84,7 +84,8 @@ def measure_whole_request(
             f"warm-ups; ratios are medians of neighbours (quartiles of the whole request "
             f"{wall.spread[0]:.2f} to {wall.spread[1]:.2f}). {faces} face(s) repainted; "
             f"eager ran with OMP_WAIT_POLICY={eager.wait_policy}, the faster of active and "
-            "passive here.",
+            "passive here, and was held (SIGSTOP) during the server's turns, in which its waiting "
+            "threads would take a core.",
         ),
     )  # fmt: skip
 

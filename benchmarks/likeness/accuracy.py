@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.likeness.crops import cut_face
-from benchmarks.likeness.damage import break_eye, remove_features
+from benchmarks.likeness.damage import break_eye, remove_features, spoil_surroundings
 from benchmarks.likeness.judge import Judge, Reading
 from benchmarks.likeness.network import EYES_MATCH, FACE
 from benchmarks.likeness.subjects import (
@@ -37,6 +37,7 @@ class Example:
         crop: (128, 128, 3) uint8.
         broken: the same with one eye spoiled.
         head: the same without a face.
+        surrounded: the same face in a spoiled picture.
         again: the same person in another scene, with another expression.
         truth: what is to be seen in ``crop``.
     """
@@ -44,6 +45,7 @@ class Example:
     crop: Pixels
     broken: Pixels
     head: Pixels
+    surrounded: Pixels
     again: Pixels
     truth: Values
 
@@ -59,10 +61,13 @@ def held_out_example(number: int) -> Example:
     random = np.random.default_rng([seed, 6])
     side = int(random.integers(2))
     broken = break_eye(picture.pixels, face.landmarks, side, random)
+    head = remove_features(picture.pixels, face.landmarks, random)
+    surrounded = spoil_surroundings(picture.pixels, face.landmarks, random)
     return Example(
         crop=cut_face(picture.pixels, face.box),
         broken=cut_face(broken, face.box),
-        head=cut_face(remove_features(picture.pixels, face.landmarks, random), face.box),
+        head=cut_face(head, face.box),
+        surrounded=cut_face(surrounded, face.box),
         again=cut_face(second.pixels, face2.box),
         truth=values_of(scene.people[index][0]),
     )
@@ -89,7 +94,8 @@ def accuracy_section(judge: Judge, count: int) -> Section:
     faces = [reading.is_face for reading in readings]
     blanks = [not r.is_face for r in judge.look(held_out_others(max(1, count // 4)))]
     heads = [not r.is_face for r in judge.look([example.head for example in examples])]
-    rows.append(_row(FACE, [*faces, *blanks, *heads], [faces, blanks, heads]))
+    insets = [r.is_face for r in judge.look([example.surrounded for example in examples])]
+    rows.append(_row(FACE, [*faces, *insets, *blanks, *heads], [faces, insets, blanks, heads]))
     whole = [
         reading.eyes_match >= 0.5
         for reading, example in zip(readings, examples, strict=True)

@@ -11,7 +11,12 @@ import numpy.typing as npt
 from numpy.lib.format import open_memmap
 
 from benchmarks.likeness.crops import CROP_FACTOR, cut_face
-from benchmarks.likeness.damage import break_eye, damage, remove_features
+from benchmarks.likeness.damage import (
+    break_eye,
+    damage,
+    remove_features,
+    spoil_surroundings,
+)
 from benchmarks.likeness.network import EYES_MATCH, FACE, HEADS
 from benchmarks.likeness.subjects import (
     DRAWN_PX,
@@ -34,6 +39,9 @@ _EYES_FROM_PX = 56.0
 #: Below this many a face is neither asked for nor ruled out.
 _FACE_FROM_PX = 40.0
 _BROKEN_SHARE = 0.25
+_SURROUNDED_SHARE = 0.35
+#: What spoiled surroundings hide.
+_AROUND = ("style", "earrings", "streak")
 _ARRAYS: dict[str, tuple[tuple[int, ...], type]] = {
     "images": ((DRAWN_PX, DRAWN_PX, 3), np.uint8),
     "boxes": ((4,), np.float32),
@@ -183,6 +191,11 @@ class TrainingSet:
             image = break_eye(image, self.landmarks[row].astype(np.float64), side, random)
             labels[_HEAD_NAMES.index(EYES_MATCH)] = 0
             labels[_HEAD_NAMES.index(("left eye", "right eye")[side])] = UNKNOWN
+        if random.random() < _SURROUNDED_SHARE:
+            image = spoil_surroundings(
+                np.asarray(image), self.landmarks[row].astype(np.float64), random
+            )
+            labels[[_HEAD_NAMES.index(name) for name in _AROUND]] = UNKNOWN
         crop = self._cut(row, np.asarray(image), random)
         if random.random() >= severity:
             return crop, labels
@@ -207,6 +220,8 @@ class TrainingSet:
         row = int(random.integers(len(self.images)))
         landmarks = self.landmarks[row].astype(np.float64)
         image = remove_features(np.asarray(self.images[row]), landmarks, random)
+        if random.random() < _SURROUNDED_SHARE:
+            image = spoil_surroundings(image, landmarks, random)
         crop = self._cut(row, image, random)
         return damage(crop, random).pixels if random.random() < 0.5 else crop
 

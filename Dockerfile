@@ -28,7 +28,7 @@ COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY closeup closeup
 COPY client client
 RUN pip install -c constraints.txt . ./client \
-    && python3 -c "import sys, tensorrt; from closeup.nvinfer import *; sys.exit(version_problem(library_version(), tensorrt.__version__))"
+    && python3 -c "import sys, tensorrt; from closeup.nvinfer import *; sys.exit(version_problem(library_version(), tensorrt.__version__) or None)"
 
 COPY model_repository model_repository
 COPY deploy deploy

@@ -170,6 +170,29 @@ def test_entry_point_of_the_slim_image_is_one_that_the_server_takes(tmp_path: Pa
     assert callable(check_options)
 
 
+@pytest.mark.parametrize(
+    ("library", "code", "told"),
+    [(None, 0, ""), ("11.1.0.106", 0, ""), ("11.2.1.2", 1, "TensorRT 11.2.1.2")],
+)
+def test_build_of_the_image_stops_when_tensorrt_is_of_another_version_and_only_then(
+    tmp_path: Path, library: str | None, code: int, told: str
+) -> None:
+    """The check in the Dockerfile, as it stands there, beside a package ``tensorrt`` 11.1."""
+    found = re.findall(r'^ +&& python3 -c "(.+)"$', DOCKERFILES[0].read_text(), re.MULTILINE)
+    assert len(found) == 1
+    assert "version_problem" in found[0]
+    (tmp_path / "tensorrt.py").write_text('__version__ = "11.1.0.106"\n')
+    # The library that the image would have is put in place of this machine's.
+    text = f"from closeup import nvinfer; nvinfer.library_version = lambda: {library!r}; {found[0]}"
+    done = subprocess.run(
+        [sys.executable, "-c", text],
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert told in done.stderr
+    assert bool(done.stderr) == bool(told)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_is_executable_and_parses(name: str) -> None:
     path = ROOT / "deploy" / name

@@ -109,6 +109,11 @@ def test_server_is_confined_and_watched(services: dict[str, dict[str, Any]], nam
     assert service["user"] == "1000:1000"
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
+    # The embedded server executes what it copies to /tmp; without the word tmpfs is noexec.
+    (temporary,) = service["tmpfs"]
+    path, _, options = temporary.partition(":")
+    assert path == "/tmp"
+    assert {"exec", "mode=1777"} <= set(options.split(","))
     assert all(interpolate(volume).endswith(":ro") for volume in service["volumes"])
     assert service["restart"] == "unless-stopped"
     assert service["shm_size"] == "2gb"

@@ -38,6 +38,8 @@ class TritonConfig:
             dynamic batching.
         instances: processes or sessions per device.
         kind: where they run; KIND_CPU keeps a Python model from holding a CUDA context.
+        gpus: which, by their number in the container; empty: one group of instances for each. For
+            ``KIND_GPU`` alone: Triton refuses them where KIND_AUTO becomes KIND_CPU.
         parameters: the backend's options.
         decoupled: a request may have any number of responses.
         engine_file: the file in the version folder that is served; empty: the backend's default.
@@ -52,6 +54,7 @@ class TritonConfig:
     queue_delay_us: int | None = None
     instances: int = 1
     kind: str = "KIND_AUTO"
+    gpus: tuple[int, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
     decoupled: bool = False
     engine_file: str = ""
@@ -81,7 +84,8 @@ def config_text(config: TritonConfig) -> str:
     lines += [_tensor("output", tensor) for tensor in config.outputs]
     # The native backend uses profile 0 alone unless it is told of the others.
     profiles = "".join(f' profile: "{number}"' for number in range(config.profiles))
-    group = f"count: {config.instances} kind: {config.kind}{profiles}"
+    gpus = f" gpus: [ {', '.join(map(str, config.gpus))} ]" if config.gpus else ""
+    group = f"count: {config.instances} kind: {config.kind}{gpus}{profiles}"
     lines.append(f"instance_group {{ {group} }}")
     if config.decoupled:
         lines.append("model_transaction_policy { decoupled: true }")

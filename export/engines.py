@@ -64,6 +64,8 @@ _TRITON_TYPES = {
     "bfloat16": "TYPE_BF16",
     "int64": "TYPE_INT64",
 }
+# Tickets, slots and the LoRA bank are one process's, so a pipeline has one GPU: the first there is.
+_GPUS = (0,)
 _DETECTOR_AXES = ("batch", "", "height", "width")
 
 
@@ -151,6 +153,7 @@ class PlanWriter:
                 inputs=DENOISER_INPUTS,
                 outputs=DENOISER_OUTPUTS,
                 kind="KIND_GPU",
+                gpus=_GPUS,
             )
         )
         return manifest, stamp
@@ -329,6 +332,7 @@ def _plan_config(wanted: _Wanted, max_batch: int) -> TritonConfig:
         max_batch_size=max_batch,
         queue_delay_us=QUEUE_DELAY_US if max_batch > 1 else None,
         kind="KIND_GPU",
+        gpus=_GPUS,
         profiles=profiles if profiles > 1 else 0,
     )
 

@@ -211,6 +211,7 @@ def test_configs_are_for_tritons_tensorrt_backend_and_agree_with_the_plans(
     assert (config.name, config.backend, config.max_batch_size) == (model, "tensorrt", batch)
     assert config.default_model_filename == "model.plan"
     assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
+    assert list(config.instance_group[0].gpus) == [0]
     assert list(config.instance_group[0].profile) == []  # one profile, the default
     assert config.HasField("dynamic_batching")
     largest = record.profiles[0].shapes[record.inputs[0].name].max
@@ -228,7 +229,10 @@ def test_denoiser_runs_on_the_gpu_and_the_manifest_says_what_its_plans_take(
 ) -> None:
     config = read_config(exported, "sd_denoiser")
     assert (config.backend, config.max_batch_size) == ("python", 0)
-    assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
+    (group,) = config.instance_group
+    # One process whatever GPUs there are: it alone knows the tickets that it gave.
+    assert (group.kind, list(group.gpus)) == (pb.ModelInstanceGroup.KIND_GPU, [0])
+    assert group.count == 1
     limits = exported.manifest.limits
     assert limits is not None
     assert (limits.lora_rows, limits.max_chunks) == (LORA_ROWS, 4)

@@ -75,6 +75,21 @@ class PlanBuckets:
         """Contexts that are kept."""
         return len(self._buckets)
 
+    def workspace_bytes(self, profiles: int) -> int:
+        """Activation memory of the hungriest of the plan's profiles, at its largest shapes."""
+        return max(_workspace_bytes(self._engine, profile) for profile in range(profiles))
+
+    def reserve(self, size_bytes: int) -> None:
+        """Make the process's workspace as large as that, once nothing runs in it.
+
+        Raises:
+            ModelError: the GPU has not enough free memory; the workspace is empty then.
+        """
+        workspace = self._parts.workspace
+        if workspace.size_bytes < size_bytes:
+            self._parts.device.synchronize()
+            workspace.reserve(size_bytes)
+
     def get(self, profile: int, shapes: Mapping[str, tuple[int, ...]]) -> Bucket:
         """Return the context for these shapes, made when it is not there.
 
@@ -155,9 +170,7 @@ class PlanBuckets:
     def _place(self, bucket: Bucket, buffers: Mapping[str, int]) -> None:
         """Give the context its buffers where they are others than at its last run."""
         workspace = self._parts.workspace
-        if workspace.size_bytes < bucket.workspace_bytes:
-            self._parts.device.synchronize()
-            workspace.reserve(bucket.workspace_bytes)
+        self.reserve(bucket.workspace_bytes)  # there since the start, unless an engine found none
         addresses = (workspace.address, *buffers.values())
         if addresses == bucket.addresses:
             return

@@ -127,6 +127,8 @@ class PlanEngine:
             self._device.enter()
             self._engine = _open_plan(path, self._parts)
         self._buckets = PlanBuckets(self._engine, self._parts, options.cuda_graphs)
+        with self._device.lock:
+            self._reserve_workspace(path)
         self._slots = {spec.name: InputSlot(self._device) for spec in self._inputs}
         self._results = {spec.name: Buffer(self._device) for spec in self._outputs}
         self._produced: list[Produced] = []
@@ -175,6 +177,19 @@ class PlanEngine:
             for buffer in self._results.values():
                 buffer.release()
             self._engine = None
+
+    def _reserve_workspace(self, path: Path) -> None:
+        """Take the activation memory of the hungriest profile now, not under a request."""
+        need = self._buckets.workspace_bytes(len(self._record.profiles))
+        try:
+            self._device.enter()
+            self._buckets.reserve(need)
+        except ModelError as error:
+            raise ModelError(
+                f"{path} needs {-(-need // 10**6)} MB of the GPU for the largest call that it takes, "
+                f"beside what is there: {error} Lower --max-batch or --sizes and build it again: "
+                f"{self._record.command}"
+            ) from error
 
     def _run(
         self, arrays: Mapping[str, Array], profile: int, shapes: Mapping[str, tuple[int, ...]]

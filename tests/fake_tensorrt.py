@@ -17,6 +17,7 @@ import numpy as np
 
 from closeup.cuda_device import Buffer
 from closeup.engines import Array, EngineOptions
+from closeup.errors import ModelError
 from closeup.plan_buckets import PlanParts
 from closeup.plan_engine import PlanEngine
 from closeup.plans import (
@@ -43,6 +44,8 @@ class FakeDevice:
         copies: bytes of each copy within the device.
         blocks: address -> memory that is allocated.
         graphs: recorded and not dropped.
+        profiles: of each run, in order.
+        free_bytes: what can still be allocated.
     """
 
     def __init__(self) -> None:
@@ -54,6 +57,8 @@ class FakeDevice:
         self.graphs: dict[int, Callable[[], bool]] = {}
         self.launches = 0
         self.can_capture = True
+        self.profiles: list[int] = []
+        self.free_bytes = 1 << 40
         self.recording: list[Callable[[], bool]] | None = None
         self._numbers = itertools.count(1)
 
@@ -61,6 +66,8 @@ class FakeDevice:
         pass
 
     def allocate(self, size_bytes: int) -> int:
+        if sum(map(len, self.blocks.values())) + size_bytes > self.free_bytes:
+            raise ModelError("CUDA: cudaMalloc failed with error 2, out of memory.")
         address = next(self._numbers) << 32
         self.blocks[address] = bytearray(b"\xaa" * size_bytes)  # never zeros, as on a GPU
         return address
@@ -153,6 +160,7 @@ class FakeContext:
         def work() -> bool:
             self._device.memory(address, size)  # the workspace is still there
             assert size >= WORKSPACE_BYTES[self._profile]
+            self._device.profiles.append(self._profile)
             tensors = {
                 name: self._device.array(addresses[name], shapes[name], dtype)
                 for name, dtype in (("x", "f4"), ("bank", "f4"), ("row", "i8"))

@@ -109,12 +109,37 @@ def test_run_goes_without_a_graph_when_none_is_wanted_or_none_can_be(
 
 
 def test_narrowest_profile_is_taken_when_several_fit(tmp_path: Path, device: FakeDevice) -> None:
+    engine = open_toy(write_plan(tmp_path), device)
+    engine.run(make_feeds(rows=2, width=4))
+    engine.run(make_feeds(rows=2, width=3))
+    assert device.profiles == [0, 1]
+
+
+def test_workspace_of_the_hungriest_profile_is_taken_when_the_plan_is_opened(
+    tmp_path: Path, device: FakeDevice
+) -> None:
     workspace = Buffer(device)
     engine = open_toy(write_plan(tmp_path), device, workspace=workspace)
-    engine.run(make_feeds(rows=2, width=4))
-    assert workspace.size_bytes == WORKSPACE_BYTES[0]
-    engine.run(make_feeds(rows=2, width=3))
-    assert workspace.size_bytes == WORKSPACE_BYTES[1]
+    before = (workspace.address, workspace.size_bytes)
+    assert before[1] == max(WORKSPACE_BYTES)
+    for width in (4, 3, 4):  # the narrow profile needs all of it, the wide one less
+        engine.run(make_feeds(width=width))
+    assert (workspace.address, workspace.size_bytes) == before
+
+
+def test_opening_names_the_options_when_the_gpu_has_not_the_memory(
+    tmp_path: Path, device: FakeDevice
+) -> None:
+    device.free_bytes = max(WORKSPACE_BYTES) - 1
+    path = write_plan(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        open_toy(path, device)
+    assert str(caught.value) == (
+        f"{path} needs 1 MB of the GPU for the largest call that it takes, beside what is there: "
+        "CUDA: cudaMalloc failed with error 2, out of memory. Lower --max-batch or --sizes and "
+        "build it again: python -m export --target tensorrt --name toy"
+    )
+    assert device.blocks == {}
 
 
 def test_engines_share_one_workspace_when_they_are_of_one_process(
@@ -122,12 +147,13 @@ def test_engines_share_one_workspace_when_they_are_of_one_process(
 ) -> None:
     workspace = Buffer(device)
     one = open_toy(write_plan(tmp_path / "one"), device, workspace=workspace)
-    other = open_toy(write_plan(tmp_path / "other"), device, workspace=workspace)
     wide, narrow = make_feeds(width=4), make_feeds(width=3)
     one.run(wide)
     one.run(wide)
     before = workspace.address
-    other.run(narrow)  # needs the larger workspace: the address changes under the first's graph
+    # Another engine that needs more: the address changes under the first's graph.
+    workspace.reserve(2 * max(WORKSPACE_BYTES))
+    other = open_toy(write_plan(tmp_path / "other"), device, workspace=workspace)
     assert workspace.address != before
     np.testing.assert_array_equal(one.run(wide)["y"], expected(wide))
     np.testing.assert_array_equal(other.run(narrow)["y"], expected(narrow))

@@ -149,15 +149,13 @@ class CudaDevice:
             done = enqueue()
         finally:
             # Always ended, or the stream is lost; an error here only means that there is no graph.
-            error, graph = self._cuda.cudaStreamEndCapture(self._stream)
-        if int(error) or graph is None or int(graph) == 0:
+            graph = self._try("cudaStreamEndCapture", self._stream)
+        if not graph:
             return None
-        try:
-            if not done:
-                return None
-            executable = self._call("cudaGraphInstantiate", graph, 0)
-        finally:
-            self._call("cudaGraphDestroy", graph)
+        executable = self._try("cudaGraphInstantiate", graph, 0) if done else 0
+        self._call("cudaGraphDestroy", graph)
+        if not executable:
+            return None
         self._graphs[int(executable)] = executable
         return int(executable)
 
@@ -172,6 +170,18 @@ class CudaDevice:
     def _copy(self, target: int, source: int, size_bytes: int, kind: Any) -> None:
         if size_bytes:
             self._call("cudaMemcpyAsync", target, source, size_bytes, kind, self._stream)
+
+    def _try(self, name: str, *arguments: Any) -> Any:
+        """Call what may fail, e.g. for want of memory; returns its handle, 0 where it did.
+
+        The runtime keeps the error for whoever asks next: it is taken away here, or TensorRT would
+        find it after a launch of its own.
+        """
+        error, handle = getattr(self._cuda, name)(*arguments)
+        if int(error):
+            self._cuda.cudaGetLastError()
+            return 0
+        return handle if handle is not None and int(handle) else 0
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the runtime; it returns (error, result) or (error,)."""

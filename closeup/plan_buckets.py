@@ -131,6 +131,8 @@ class PlanBuckets:
         device = self._parts.device
         if bucket.runs == 2 and self._limit > 0:
             bucket.graph = device.capture(lambda: self._enqueue(bucket))
+            if bucket.graph is None:  # what TensorRT said of it is no reason of a later failure
+                self._parts.messages.errors.clear()
         if bucket.graph is not None:
             device.launch(bucket.graph)
             return True

@@ -186,9 +186,9 @@ class PlanEngine:
             self._buckets.reserve(need)
         except ModelError as error:
             raise ModelError(
-                f"{path} needs {-(-need // 10**6)} MB of the GPU for the largest call that it takes, "
-                f"beside what is there: {error} Lower --max-batch or --sizes and build it again: "
-                f"{self._record.command}"
+                f"{path} needs {-(-need // 10**6)} MB of the GPU for the largest call that it "
+                f"takes, beside what is there: {error} Lower --max-batch or --sizes and build it "
+                f"again: {self._record.command}"
             ) from error
 
     def _run(

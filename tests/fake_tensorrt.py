@@ -46,6 +46,9 @@ class FakeDevice:
         graphs: recorded and not dropped.
         profiles: of each run, in order.
         free_bytes: what can still be allocated.
+        can_capture: False: TensorRT complains within a capture, which gives no graph.
+        can_run: False: TensorRT refuses to run.
+        messages: TensorRT's log.
     """
 
     def __init__(self) -> None:
@@ -57,6 +60,8 @@ class FakeDevice:
         self.graphs: dict[int, Callable[[], bool]] = {}
         self.launches = 0
         self.can_capture = True
+        self.can_run = True
+        self.messages = Messages()
         self.profiles: list[int] = []
         self.free_bytes = 1 << 40
         self.recording: list[Callable[[], bool]] | None = None
@@ -171,8 +176,13 @@ class FakeContext:
             return True
 
         if self._device.recording is not None:
+            if not self._device.can_capture:
+                self._device.messages.add("ERROR", "operation not permitted when capturing")
             self._device.recording.append(work)
             return True
+        if not self._device.can_run:
+            self._device.messages.add("ERROR", "a kernel is missing")
+            return False
         return work()
 
 
@@ -272,7 +282,7 @@ def open_toy(
     workspace: Buffer | None = None,
 ) -> PlanEngine:
     """Open the toy plan on a fake device."""
-    messages = Messages()
+    messages = device.messages
     parts = PlanParts(
         trt=fake_module(device, messages),
         device=device,

@@ -101,7 +101,15 @@ def test_capture_gives_none_and_leaves_the_stream_usable_when_it_fails(
 
     with pytest.raises(RuntimeError, match="TensorRT threw"):
         device.capture(fail)
-    assert runtime.calls[-1] == "cudaStreamEndCapture"
+    assert runtime.calls[-2:] == ["cudaStreamEndCapture", "cudaGetLastError"]
+
+
+def test_capture_gives_none_when_there_is_no_memory_for_the_graph(runtime: FakeRuntime) -> None:
+    device = CudaDevice()
+    runtime.errors["cudaGraphInstantiate"] = 2
+    assert device.capture(lambda: True) is None
+    # The graph is gone, and the error with it: TensorRT would take it for one of its own.
+    assert runtime.calls[-3:] == ["cudaGraphInstantiate", "cudaGetLastError", "cudaGraphDestroy"]
 
 
 def test_errors_name_the_function_and_the_reason(runtime: FakeRuntime) -> None:
@@ -133,7 +141,7 @@ def test_real_runtime_has_every_function_and_refuses_in_one_sentence_without_a_g
         "cudaSetDevice", "cudaMalloc", "cudaFree", "cudaMemcpyAsync", "cudaStreamCreateWithFlags",
         "cudaStreamNonBlocking", "cudaStreamSynchronize", "cudaStreamBeginCapture",
         "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphDestroy", "cudaGraphLaunch",
-        "cudaGraphExecDestroy", "cudaGetErrorString",
+        "cudaGraphExecDestroy", "cudaGetErrorString", "cudaGetLastError",
     )  # fmt: skip
     assert [name for name in names if not hasattr(real, name)] == []
     assert real.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal is not None

@@ -108,6 +108,19 @@ def test_run_goes_without_a_graph_when_none_is_wanted_or_none_can_be(
     assert engine.counters.contexts_made == 1
 
 
+def test_failure_has_its_own_reason_when_a_capture_had_failed_before(
+    engine: PlanEngine, device: FakeDevice
+) -> None:
+    device.can_capture = False
+    for _ in range(3):
+        engine.run(make_feeds())
+    device.can_run = False
+    with pytest.raises(ModelError, match="a run in TensorRT failed: a kernel is missing"):
+        engine.run(make_feeds())
+    device.can_run = True
+    np.testing.assert_array_equal(engine.run(make_feeds())["y"], expected(make_feeds()))
+
+
 def test_narrowest_profile_is_taken_when_several_fit(tmp_path: Path, device: FakeDevice) -> None:
     engine = open_toy(write_plan(tmp_path), device)
     engine.run(make_feeds(rows=2, width=4))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from closeup import plan_buckets
 from closeup.array_content import declare_versions, find_pieces
 from closeup.cuda_device import Buffer
 from closeup.engines import Array, count_cuda_graphs, open_engine
@@ -67,8 +68,9 @@ def test_run_takes_no_new_memory_when_shapes_repeat(engine: PlanEngine, device: 
 
 
 def test_contexts_are_bounded_and_the_least_recent_goes_when_shapes_vary(
-    engine: PlanEngine, device: FakeDevice
+    engine: PlanEngine, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plan_buckets, "CONTEXTS", 2)
     for rows in (3, 2, 3, 2):  # the largest first, so that no address changes
         engine.run(make_feeds(rows=rows))
     assert engine.counters.contexts_made == 2
@@ -82,6 +84,50 @@ def test_contexts_are_bounded_and_the_least_recent_goes_when_shapes_vary(
     feeds = make_feeds(rows=3)
     np.testing.assert_array_equal(engine.run(feeds)["y"], expected(feeds))
     assert engine.counters.contexts_made == 4
+
+
+@pytest.mark.parametrize("graphs", [0, 2])
+def test_no_context_is_made_again_when_there_are_more_shapes_than_graphs(
+    tmp_path: Path, device: FakeDevice, graphs: int
+) -> None:
+    engine = open_toy(write_plan(tmp_path), device, cuda_graphs=graphs)
+    for _ in range(4):
+        for rows in (5, 4, 3, 1):
+            feeds = make_feeds(rows=rows)
+            np.testing.assert_array_equal(engine.run(feeds)["y"], expected(feeds))
+    assert engine.counters.contexts_made == 4
+    assert len(device.graphs) == graphs
+    assert engine.counters.graph_launches == graphs * 3  # the first graphs stay while they serve
+
+
+def test_graph_goes_to_other_shapes_when_it_was_idle_for_long(
+    engine: PlanEngine, device: FakeDevice
+) -> None:
+    for rows in (5, 4, 5, 4):  # both graphs
+        engine.run(make_feeds(rows=rows))
+    first = set(device.graphs)
+    for _ in range(plan_buckets.IDLE_CALLS - 1):  # with the call in between
+        engine.run(make_feeds(rows=1))
+    assert set(device.graphs) == first
+    engine.run(make_feeds(rows=1))
+    assert len(set(device.graphs) & first) == 1
+    assert len(device.graphs) == 2
+    feeds = make_feeds(rows=5)
+    np.testing.assert_array_equal(engine.run(feeds)["y"], expected(feeds))
+
+
+def test_nothing_is_captured_before_a_run_has_succeeded(
+    engine: PlanEngine, device: FakeDevice
+) -> None:
+    device.can_run = False
+    for _ in range(2):
+        with pytest.raises(ModelError, match="a run in TensorRT failed: a kernel is missing"):
+            engine.run(make_feeds())
+    assert device.graphs == {}
+    device.can_run = True
+    for launches in (0, 1, 2):
+        engine.run(make_feeds())
+        assert engine.counters.graph_launches == launches
 
 
 def test_graph_is_captured_again_when_a_buffer_grows(

@@ -19,10 +19,13 @@ ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
 
 WORKDIR /opt/closeup
 COPY closeup/nvinfer.py closeup/nvinfer.py
-# Only the bindings: the libraries are the image's own, the ones Triton loads.
+# Only the bindings: the libraries are the image's own, the ones Triton loads. `.*` takes a package
+# that was published again, e.g. 10.14.1.48.post1.
 RUN python3 closeup/nvinfer.py > TENSORRT_VERSION \
     && version="$(cat TENSORRT_VERSION)" \
-    && pip install --no-deps "tensorrt-cu13==$version" "tensorrt-cu13-bindings==$version"
+    && { pip install --no-deps "tensorrt-cu13==$version.*" "tensorrt-cu13-bindings==$version.*" \
+    || { echo "No package index has TensorRT $version of this image: set TRITON_IMAGE to another" \
+    "release, or PIP_EXTRA_INDEX_URL to an index that has it." >&2; exit 1; }; }
 
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY closeup closeup

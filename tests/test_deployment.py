@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from closeup.server_options import check_options
 from closeup.server_options import parse_arguments as parse_server
@@ -196,6 +197,18 @@ def test_build_of_the_image_stops_when_tensorrt_is_of_another_version_and_only_t
     assert done.returncode == code, done.stderr
     assert told in done.stderr
     assert bool(done.stderr) == bool(told)
+
+
+@pytest.mark.parametrize("published", ["10.14.1.48", "10.14.1.48.post1"])
+def test_image_takes_the_package_of_its_tensorrt_when_it_was_published_again(
+    published: str,
+) -> None:
+    wanted = re.findall(r'"(tensorrt-cu13[\w-]*==\$version\S*)"', DOCKERFILES[0].read_text())
+    assert len(wanted) == 2
+    for text in wanted:
+        requirement = Requirement(text.replace("$version", "10.14.1.48"))
+        assert requirement.specifier.contains(published)
+        assert not requirement.specifier.contains("10.14.1.49")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

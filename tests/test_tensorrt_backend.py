@@ -120,7 +120,18 @@ def test_version_problem_is_told_only_when_versions_differ() -> None:
     assert nvinfer.version_problem("11.1.0.106", "11.1.0.106") == ""
     assert nvinfer.version_problem(None, "11.1.0.106") == ""
     text = nvinfer.version_problem("11.1.0.106", "11.1.0.99")
-    assert text.endswith("tensorrt-cu13-bindings==11.1.0.106.")
+    assert text.endswith("tensorrt-cu13-bindings==11.1.0.106.* in quotes.")
+    assert nvinfer.version_problem("10.14.1.48", "10.14.1.48.post1") == ""
+    assert nvinfer.version_problem("10.14.1.4", "10.14.1.48.post1") != ""
+
+
+@pytest.mark.parametrize("version", ["11.1.0.106.post1", "11.1.0.106"])
+def test_preflight_passes_when_only_the_upload_of_the_package_differs(
+    tmp_path: Path, version: str
+) -> None:
+    write_plan(tmp_path)
+    facts = dataclasses.replace(HERE, version=version)
+    assert preflight.find_problems(tmp_path, lambda flavour: facts) == []
 
 
 def test_library_version_is_read_from_the_library_and_none_without(

@@ -66,11 +66,6 @@ def vae_batch(max_batch: int, native_px: int) -> int:
     return max(1, min(max_batch, VAE_PIXELS // native_px**2))
 
 
-def encoder_batch(max_batch: int) -> int:
-    """Return how many prompts a text encoder's call holds; a request has three at most."""
-    return max(4, 2 * max_batch)
-
-
 def config_text(config: TritonConfig) -> str:
     """Return the content of ``config.pbtxt``."""
     lines = [

@@ -35,7 +35,6 @@ from export.config import (
     DETECTOR_BATCH,
     QUEUE_DELAY_US,
     TritonConfig,
-    encoder_batch,
     vae_batch,
 )
 from export.options import ExportOptions
@@ -45,6 +44,7 @@ from export.profiles import (
     Tensors,
     denoiser_sides,
     detector_sides,
+    encoder_batch,
     encoder_sides,
     limits_of,
     profile_of,
@@ -240,8 +240,7 @@ class PlanWriter:
             sides = encoder_sides(encoder, manifest, limits)
             if encoder.lora is None:
                 model = manifest.encoder_model(encoder)
-                batch = encoder_batch(manifest.max_batch)
-                yield want(model, staging.graph_path(model), sides, batch)
+                yield want(model, staging.graph_path(model), sides, encoder_batch(manifest))
             else:
                 graph = denoiser.with_name(f"{encoder.name}.onnx")
                 yield want(f"{manifest.denoiser}/{encoder.name}", graph, sides, None)

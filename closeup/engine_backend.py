@@ -21,7 +21,9 @@ from closeup.onnx_serving import (
     needs_dynamic_batching,
     options_from_config,
     run_requests,
+    wants_cuda,
 )
+from closeup.plans import GRAPH_SUFFIX
 
 
 class EngineBackend:
@@ -64,12 +66,14 @@ class EngineBackend:
         config = json.loads(args["model_config"])
         on_gpu = args["model_instance_kind"] == "GPU"
         try:
+            path = self._path(config)
             options = options_from_config(
                 config,
-                use_cuda=on_gpu,
+                use_cuda=wants_cuda(args["model_instance_name"], on_gpu=on_gpu)
+                if path.suffix == GRAPH_SUFFIX else on_gpu,
                 device_id=int(args["model_instance_device_id"]) if on_gpu else 0,
-            )
-            self._engine = self.open(self._path(config), options)
+            )  # fmt: skip
+            self._engine = self.open(path, options)
             check_config(config, self._engine)
         except CloseupError as error:
             raise pb_utils.TritonModelException(str(error)) from None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.fake_pb_utils import imported, make_module
+from closeup.engines import EngineOptions, TensorSpec
+from tests.fake_pb_utils import TritonModelException, imported, make_module
 
 
 def test_answers_of_a_model_on_the_gpu_come_in_memory_that_numpy_reads() -> None:
@@ -52,3 +55,64 @@ def test_denoiser_runs_on_the_gpu_that_triton_names_and_on_one_alone() -> None:
                 match="portrait_denoiser would run as 2 processes.*give the container one GPU",
             ):
                 model._check_alone(instance("GPU", 0, **group))
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "device", "expected"),
+    [
+        ("model.onnx", "GPU", "auto", True),
+        ("model.onnx", "GPU", "cpu", False),
+        ("model.onnx", "GPU", "cuda", True),
+        ("model.onnx", "CPU", "auto", False),
+        ("model.plan", "GPU", "cpu", True),  # a plan runs on a GPU only
+    ],
+)
+def test_served_graph_runs_where_the_environment_says(
+    file: str, kind: str, device: str, expected: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / file).touch()
+    monkeypatch.setenv("CLOSEUP_DEVICE", device)
+    opened = open_backend(file, kind, tmp_path)
+    assert [(options.use_cuda, options.device_id) for options in opened] == [
+        (expected, 1 if kind == "GPU" else 0)
+    ]
+
+
+def test_served_graph_is_refused_when_cuda_is_demanded_of_an_instance_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.onnx").touch()
+    monkeypatch.setenv("CLOSEUP_DEVICE", "cuda")
+    with pytest.raises(
+        TritonModelException, match="vae_0 is an instance on the CPU though CLOSEUP"
+    ):
+        open_backend("model.onnx", "CPU", tmp_path)
+
+
+def open_backend(file: str, kind: str, folder: Path) -> list[EngineOptions]:
+    """Have a backend open its engine; returns the options that it opened it with."""
+    module = make_module()
+    module.get_model_dir = lambda: str(folder)
+    opened: list[EngineOptions] = []
+    listed = [{"name": "x", "data_type": "TYPE_FP32", "dims": [2]}]
+    spec = TensorSpec(name="x", dtype=np.dtype(np.float32), shape=("B", 2))
+    engine = SimpleNamespace(inputs=(spec,), outputs=(spec,))
+    with imported("closeup.engine_backend", module) as backends:
+
+        class Backend(backends.EngineBackend):  # type: ignore[misc, name-defined]
+            model_file = file
+
+            def open(self, path: Path, options: EngineOptions) -> Any:
+                opened.append(options)
+                return engine
+
+        arguments = {
+            "model_config": json.dumps({"max_batch_size": 2, "input": listed, "output": listed}),
+            "model_instance_kind": kind,
+            "model_instance_device_id": "1",
+            "model_instance_name": "vae_0",
+        }
+        backend = Backend()
+        backend.initialize(arguments)
+    return opened

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from closeup.cuda_device import Buffer, Device
 from closeup.errors import ModelError
+from closeup.rtx_contexts import RtxContexts, captures_by_itself
 from closeup.tensorrt_package import Messages, explain
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -29,6 +31,7 @@ class PlanParts:
         workspace: activation memory, shared by the process.
         messages: TensorRT's log.
         logger: writes into them; lives as long as the engine.
+        kernels: file in which TensorRT-RTX keeps what it compiles; None: nowhere.
     """
 
     trt: Any
@@ -36,6 +39,7 @@ class PlanParts:
     workspace: Buffer
     messages: Messages
     logger: Any
+    kernels: Path | None = None
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -69,6 +73,7 @@ class PlanBuckets:
 
     `CONTEXTS` contexts are kept, or as many as graphs where those are more; the least recently used
     goes first. Where every graph that may be kept is in use, other shapes run without one.
+    TensorRT-RTX captures by itself (`closeup.rtx_contexts`), nothing is captured here then.
 
     Args:
         engine: TensorRT's.
@@ -79,6 +84,10 @@ class PlanBuckets:
     def __init__(self, engine: Any, parts: PlanParts, graphs: int) -> None:
         self._engine = engine
         self._parts = parts
+        self._rtx: RtxContexts | None = None
+        if captures_by_itself(parts.trt):
+            self._rtx = RtxContexts(engine, parts.trt, has_graphs=graphs > 0, cache=parts.kernels)
+            graphs = 0
         self._graphs = graphs
         self._calls = 0
         self._buckets: OrderedDict[tuple[int, Shapes], Bucket] = OrderedDict()
@@ -155,7 +164,9 @@ class PlanBuckets:
         """Destroy every graph and context."""
         for key in list(self._buckets):
             self._forget(key)
-        self._engine = None
+        if self._rtx is not None:
+            self._rtx.save()
+        self._engine = self._rtx = None
 
     def _enqueue(self, bucket: Bucket) -> bool:
         return bool(bucket.context.execute_async_v3(self._parts.device.stream))
@@ -179,8 +190,7 @@ class PlanBuckets:
             self._parts.messages.errors.clear()
 
     def _make(self, profile: int, shapes: Mapping[str, tuple[int, ...]]) -> Bucket:
-        strategy = self._parts.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+        context = self._make_context()
         stream = self._parts.device.stream
         if context is None or not context.set_optimization_profile_async(profile, stream):
             raise ModelError(f"TensorRT gives no execution context: {self._reason()}.")
@@ -197,6 +207,12 @@ class PlanBuckets:
             raise ModelError(f"the plan's outputs {outputs} depend on values; expected shapes.")
         need = _workspace_bytes(self._engine, profile)
         return Bucket(context=context, output_shapes=outputs, workspace_bytes=need)
+
+    def _make_context(self) -> Any:
+        if self._rtx is not None:
+            return self._rtx.make()
+        strategy = self._parts.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        return self._engine.create_execution_context(strategy)
 
     def _place(self, bucket: Bucket, buffers: Mapping[str, int]) -> None:
         """Give the context its buffers where they are others than at its last run."""

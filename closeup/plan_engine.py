@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from closeup.cache_files import cache_folder
 from closeup.cuda_device import Buffer, open_device, shared_workspace
 from closeup.device_inputs import InputSlot, Produced
 from closeup.engines import Array, EngineOptions, TensorSpec, check_feeds, name_from_path
@@ -94,6 +95,7 @@ def open_parts(path: Path, record: PlanRecord, options: EngineOptions) -> PlanPa
         workspace=shared_workspace(device),
         messages=messages,
         logger=make_logger(trt, messages),
+        kernels=cache_folder() / f"kernels-{trt.__version__}-{record.plan_sha256[:16]}.cache",
     )
 
 
@@ -126,8 +128,8 @@ class PlanEngine:
         with self._device.lock:
             self._device.enter()
             self._engine = _open_plan(path, self._parts)
-        self._buckets = PlanBuckets(self._engine, self._parts, options.cuda_graphs)
         with self._device.lock:
+            self._buckets = PlanBuckets(self._engine, self._parts, options.cuda_graphs)
             self._reserve_workspace(path)
         self._slots = {spec.name: InputSlot(self._device) for spec in self._inputs}
         self._results = {spec.name: Buffer(self._device) for spec in self._outputs}

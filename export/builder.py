@@ -139,6 +139,7 @@ def builder_flags(toolchain: Toolchain, precision: str) -> dict[str, str]:
         flags["tf32"] = "off"
     if toolchain.flavour is Flavour.RTX:
         flags["compute_capabilities"] = ",".join(toolchain.sms)
+        flags["require_user_allocation"] = "on"
     return flags
 
 
@@ -257,6 +258,8 @@ def _configure(job: BuildJob, toolchain: Toolchain, parts: _Parts) -> None:
     if job.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)
     if toolchain.flavour is Flavour.RTX:
+        # Else it may allocate memory while it runs, which no CUDA graph can hold.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = len(toolchain.sms)
         for place, sm in enumerate(toolchain.sms):
             kind = getattr(trt.ComputeCapability, f"SM{sm.replace('.', '')}")

@@ -274,6 +274,17 @@ def write_plan(folder: Path, content: bytes = CONTENT) -> Path:
     return path
 
 
+def plan_parts(device: FakeDevice, workspace: Buffer | None = None) -> PlanParts:
+    """What a plan finds around it, on a fake device."""
+    return PlanParts(
+        trt=fake_module(device, device.messages),
+        device=device,
+        workspace=workspace or Buffer(device),
+        messages=device.messages,
+        logger=None,
+    )
+
+
 def open_toy(
     path: Path,
     device: FakeDevice,
@@ -282,12 +293,5 @@ def open_toy(
     workspace: Buffer | None = None,
 ) -> PlanEngine:
     """Open the toy plan on a fake device."""
-    messages = device.messages
-    parts = PlanParts(
-        trt=fake_module(device, messages),
-        device=device,
-        workspace=workspace or Buffer(device),
-        messages=messages,
-        logger=None,
-    )
+    parts = plan_parts(device, workspace)
     return PlanEngine(path, EngineOptions(cuda_graphs=cuda_graphs), parts=parts)

@@ -16,6 +16,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from closeup.cuda_device import lost_device
 from closeup.denoiser import LEASE_MARGIN_S, Answer, Denoiser
 from closeup.denoiser_metrics import METRICS, metric_values
 from closeup.run import Array
@@ -51,6 +52,10 @@ class TritonPythonModel:
                 reply.fail(error)
             else:
                 future.add_done_callback(partial(self._answer, reply))
+
+    def is_ready(self) -> bool:
+        """Whether a request can still succeed; Triton asks from 26.03 on."""
+        return not lost_device()
 
     def finalize(self) -> None:
         """Answer what is still open and release the engine."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import triton_python_backend_utils as pb_utils
 
+from closeup.cuda_device import lost_device
 from closeup.engines import Described, Engine, EngineOptions, open_engine
 from closeup.errors import CloseupError
 from closeup.onnx_serving import (
@@ -99,6 +100,10 @@ class EngineBackend:
             _respond(answer, set(request.requested_output_names()))
             for request, answer in zip(requests, answers, strict=True)
         ]
+
+    def is_ready(self) -> bool:
+        """Whether a request can still succeed; Triton asks from 26.03 on."""
+        return not lost_device()
 
     def finalize(self) -> None:
         """Free the engine."""

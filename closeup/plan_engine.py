@@ -11,6 +11,7 @@ Not run on a GPU yet: the logic is tested against a fake TensorRT (`tests/fake_t
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
 from collections.abc import Mapping
@@ -92,7 +93,7 @@ def open_parts(path: Path, record: PlanRecord, options: EngineOptions) -> PlanPa
     return PlanParts(
         trt=trt,
         device=device,
-        workspace=shared_workspace(device),
+        workspace=shared_workspace(options.device_id),
         messages=messages,
         logger=make_logger(trt, messages),
         kernels=cache_folder() / f"kernels-{trt.__version__}-{record.plan_sha256[:16]}.cache",
@@ -162,6 +163,8 @@ class PlanEngine:
                 return self._run(arrays, profile, shapes)
             except BaseException:
                 self._produced = []
+                with contextlib.suppress(ModelError):  # copies of arrays that are about to be freed
+                    self._device.synchronize()
                 raise
 
     def close(self) -> None:

@@ -41,6 +41,7 @@ class FakeDevice:
 
     Attributes:
         uploads: bytes of each copy from the host.
+        unfinished: copies that were queued since the last `synchronize`.
         copies: bytes of each copy within the device.
         blocks: address -> memory that is allocated.
         graphs: recorded and not dropped.
@@ -55,6 +56,7 @@ class FakeDevice:
         self.lock = threading.RLock()
         self.stream = 77
         self.uploads: list[int] = []
+        self.unfinished = 0
         self.copies: list[int] = []
         self.blocks: dict[int, bytearray] = {}
         self.graphs: dict[int, Callable[[], bool]] = {}
@@ -82,6 +84,7 @@ class FakeDevice:
 
     def upload(self, address: int, array: Array) -> None:
         self.uploads.append(array.nbytes)
+        self.unfinished += 1
         self.memory(address, array.nbytes)[:] = array.tobytes()
 
     def download(self, array: Array, address: int) -> None:
@@ -92,7 +95,7 @@ class FakeDevice:
         self.memory(target, size_bytes)[:] = bytes(self.memory(source, size_bytes))
 
     def synchronize(self) -> None:
-        pass
+        self.unfinished = 0
 
     def capture(self, enqueue: Callable[[], bool]) -> int | None:
         self.recording = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from closeup import cuda_device
 from closeup.cuda_device import CudaDevice
 from closeup.errors import ModelError
 from closeup.tensorrt_package import find_gpu
+from tests.fake_pb_utils import imported, make_module
 
 # What the plans' code asks of TensorRT's objects.
 TENSORRT_NAMES = {
@@ -118,6 +121,42 @@ def test_errors_name_the_function_and_the_reason(runtime: FakeRuntime) -> None:
     with pytest.raises(ModelError) as caught:
         device.allocate(1 << 40)
     assert str(caught.value) == "CUDA: cudaMalloc failed with error 2, out of memory."
+
+
+@pytest.mark.parametrize(("error", "is_lost"), [(700, True), (719, True), (214, True), (2, False)])
+def test_gpu_is_lost_after_an_error_that_stays_and_its_models_are_not_ready(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch, error: int, is_lost: bool
+) -> None:
+    monkeypatch.setattr(cuda_device, "_devices", {})
+    device = cuda_device.open_device(0)
+    with imported("closeup.denoiser_model", make_module()) as model:
+        assert model.TritonPythonModel().is_ready()
+        runtime.errors["cudaStreamSynchronize"] = error
+        with pytest.raises(ModelError, match=f"failed with error {error}"):
+            device.synchronize()
+        del runtime.errors["cudaStreamSynchronize"]
+        assert model.TritonPythonModel().is_ready() is not is_lost
+    assert bool(device.lost) is is_lost
+
+
+def test_one_device_and_one_workspace_are_opened_by_threads_at_once(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_device, "_devices", {})
+    monkeypatch.setattr(cuda_device, "_workspaces", {})
+    make = cuda_device.CudaDevice
+
+    def make_slowly(device_id: int) -> CudaDevice:
+        time.sleep(0.05)  # long enough for every thread to find none
+        return make(device_id)
+
+    monkeypatch.setattr(cuda_device, "CudaDevice", make_slowly)
+    with ThreadPoolExecutor(4) as pool:
+        workspaces = list(pool.map(cuda_device.shared_workspace, [0] * 4))
+        devices = list(pool.map(cuda_device.open_device, [0] * 4))
+    assert len(set(map(id, workspaces))) == len(set(map(id, devices))) == 1
+    assert cuda_device.shared_workspace(1) is not workspaces[0]
+    assert runtime.calls.count("cudaStreamCreateWithFlags") == 2
 
 
 def test_free_waits_for_what_is_queued(runtime: FakeRuntime) -> None:

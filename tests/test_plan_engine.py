@@ -124,6 +124,7 @@ def test_nothing_is_captured_before_a_run_has_succeeded(
         with pytest.raises(ModelError, match="a run in TensorRT failed: a kernel is missing"):
             engine.run(make_feeds())
     assert device.graphs == {}
+    assert device.unfinished == 0  # nothing still reads the arrays of a call that failed
     device.can_run = True
     for launches in (0, 1, 2):
         engine.run(make_feeds())

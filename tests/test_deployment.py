@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +125,43 @@ def test_server_is_confined_and_watched(services: dict[str, dict[str, Any]], nam
     compile(service["healthcheck"]["test"][-1], "healthcheck", "exec")
     (needed,) = service["depends_on"].values()
     assert needed == {"condition": "service_completed_successfully"}
+
+
+@pytest.mark.parametrize(
+    ("refused", "code"), [("", 0), ("/v2/models/demo_denoiser/ready", 1), ("/v2/health/ready", 1)]
+)
+def test_health_check_fails_when_the_server_or_a_denoiser_is_not_ready(
+    services: dict[str, dict[str, Any]], refused: str, code: int
+) -> None:
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            asked.append(self.path)
+            self.send_response(400 if self.path == refused else 200)
+            self.end_headers()
+
+        def do_POST(self) -> None:  # noqa: N802
+            index = [{"name": "generate"}, {"name": "demo_denoiser"}]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(index).encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    text = services["triton"]["healthcheck"]["test"][-1]
+    done = subprocess.run(
+        [sys.executable, "-c", text.replace(":8000/", f":{server.server_port}/")],
+        env={"http_proxy": "http://127.0.0.1:9"}, capture_output=True, check=False,
+    )  # fmt: skip
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == code
+    expected = ["/v2/health/ready", "/v2/models/demo_denoiser/ready"]
+    assert asked == (expected[:1] if refused == expected[0] else expected)
 
 
 @pytest.mark.parametrize("name", ONE_SHOTS)

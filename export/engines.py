@@ -66,6 +66,7 @@ _TRITON_TYPES = {
 }
 # Tickets, slots and the LoRA bank are one process's, so a pipeline has one GPU: the first there is.
 _GPUS = (0,)
+_ON_PROFILE_CHANGE = {"execution_context_allocation_strategy": "ON_PROFILE_CHANGE"}
 _DETECTOR_AXES = ("batch", "", "height", "width")
 
 
@@ -333,6 +334,8 @@ def _plan_config(wanted: _Wanted, max_batch: int) -> TritonConfig:
         kind="KIND_GPU",
         gpus=_GPUS,
         profiles=profiles if profiles > 1 else 0,
+        # Else Triton makes a context a profile, each with the memory of the hungriest of all.
+        parameters=_ON_PROFILE_CHANGE if profiles > 1 else {},
     )
 
 

@@ -213,6 +213,7 @@ def test_configs_are_for_tritons_tensorrt_backend_and_agree_with_the_plans(
     assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
     assert list(config.instance_group[0].gpus) == [0]
     assert list(config.instance_group[0].profile) == []  # one profile, the default
+    assert not config.parameters
     assert config.HasField("dynamic_batching")
     largest = record.profiles[0].shapes[record.inputs[0].name].max
     assert largest[0] == batch  # a batch that Triton makes is one that the plan takes
@@ -317,6 +318,8 @@ def test_other_sizes_build_plans_from_the_graphs_that_are_there(
     assert {str(size) for size in copy.manifest.limits.sizes} == {"64x64", "96x128"}  # type: ignore[union-attr]
     config = read_config(copy, "sd_vae_decoder")
     assert list(config.instance_group[0].profile) == ["0", "1"]
+    strategy = config.parameters["execution_context_allocation_strategy"].string_value
+    assert strategy == "ON_PROFILE_CHANGE"
     for model in MODELS:
         assert verify_plan(copy.plan(model), runtime_facts()).model == model
     assert export_main(with_sizes(copy, "64x64,96x128")) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,6 +115,22 @@ def test_runtime_facts_refuse_when_library_and_package_differ(
     if find_gpu() is None:
         with pytest.raises(ModelError, match="there is no NVIDIA GPU"):
             preflight.runtime_facts(Flavour.TENSORRT)
+
+
+def test_preflight_refuses_plans_of_rtx_whether_its_package_is_there_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        preflight, "import_tensorrt", lambda flavour: SimpleNamespace(__version__="1")
+    )
+    for name in ("one", "two"):
+        plan = write_plan(tmp_path / name)
+        record = dataclasses.replace(read_record(plan), flavour=Flavour.RTX)
+        record_path(plan).write_text(record_json(record), encoding="utf-8")
+        plan.parent.rename(tmp_path / name / "1")
+    (problem,) = preflight.find_problems(tmp_path)
+    assert problem.startswith("NVIDIA's tritonserver cannot serve plans of TensorRT-RTX")
+    assert "--target tensorrt" in problem
 
 
 def test_version_problem_is_told_only_when_versions_differ() -> None:

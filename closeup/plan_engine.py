@@ -12,6 +12,7 @@ Not run on a GPU yet: the logic is tested against a fake TensorRT (`tests/fake_t
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import weakref
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ from closeup.errors import ModelError
 from closeup.plan_buckets import PlanBuckets, PlanParts
 from closeup.plans import PlanRecord, PlanTensor, RuntimeFacts, read_record, verify_plan
 from closeup.tensorrt_package import Messages, explain, find_gpu, import_tensorrt, make_logger
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +91,7 @@ def open_parts(path: Path, record: PlanRecord, options: EngineOptions) -> PlanPa
             f"a container with --gpus all, or delete the plan to serve {path.stem}.onnx."
         )
     verify_plan(path, RuntimeFacts(flavour=record.flavour, version=trt.__version__, sm=gpu.sm))
+    warn_of_other_gpu(path, record, gpu.name)
     device = open_device(options.device_id)
     messages = Messages()
     return PlanParts(
@@ -98,6 +102,15 @@ def open_parts(path: Path, record: PlanRecord, options: EngineOptions) -> PlanPa
         logger=make_logger(trt, messages),
         kernels=cache_folder() / f"kernels-{trt.__version__}-{record.plan_sha256[:16]}.cache",
     )
+
+
+def warn_of_other_gpu(path: Path, record: PlanRecord, gpu: str) -> None:
+    """Log where a plan was built on another GPU; one of its compute capability runs it."""
+    if record.gpu and record.gpu != gpu:
+        log.warning(
+            "%s was built on %s and runs on %s: it may be slower or need more memory than there "
+            "is; build it for this one with: %s", path, record.gpu, gpu, record.command,
+        )  # fmt: skip
 
 
 class PlanEngine:

@@ -14,7 +14,7 @@ from closeup.array_content import declare_versions, find_pieces
 from closeup.cuda_device import Buffer
 from closeup.engines import Array, count_cuda_graphs, open_engine
 from closeup.errors import ModelError
-from closeup.plan_engine import PlanEngine, describe_plan
+from closeup.plan_engine import PlanEngine, describe_plan, warn_of_other_gpu
 from closeup.plans import PlanTensor, ShapeRange, record_json, record_path
 from tests.fake_tensorrt import WORKSPACE_BYTES, FakeDevice, open_toy, toy_record, write_plan
 
@@ -392,3 +392,21 @@ def test_count_cuda_graphs_refuses_what_is_no_number(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CLOSEUP_CUDA_GRAPHS", "many")
     with pytest.raises(ModelError, match="CLOSEUP_CUDA_GRAPHS is 'many'; expected an integer"):
         count_cuda_graphs()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "built_on", "is_told"),
+    [
+        ("NVIDIA L4", "NVIDIA L40S", True),
+        ("NVIDIA L4", "NVIDIA L4", False),
+        ("NVIDIA L4", "", False),
+    ],
+)
+def test_plan_of_another_gpu_is_told_of_when_it_runs_all_the_same(
+    gpu: str, built_on: str, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = dataclasses.replace(toy_record(), gpu=built_on)
+    warn_of_other_gpu(Path("model.plan"), record, gpu)
+    expected_text = "model.plan was built on NVIDIA L40S and runs on NVIDIA L4"
+    assert (expected_text in caplog.text) is is_told
+    assert bool(caplog.records) is is_told

@@ -30,7 +30,8 @@ RUN python3 closeup/nvinfer.py > TENSORRT_VERSION \
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY closeup closeup
 COPY client client
-RUN pip install -c constraints.txt . ./client \
+RUN test -x /opt/nvidia/nvidia_entrypoint.sh \
+    && pip install -c constraints.txt '.[plans]' ./client \
     && python3 -c "import sys, tensorrt; from closeup.nvinfer import *; sys.exit(version_problem(library_version(), tensorrt.__version__) or None)"
 
 COPY model_repository model_repository
@@ -41,7 +42,8 @@ USER 1000:1000
 ENV HOME=/tmp CLOSEUP_LORA_DIR=/srv/loras
 EXPOSE 8000 8001 8002
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["deploy/serve.sh"]
+# NVIDIA's own comes first: it sets up CUDA's forward compatibility with older drivers.
+ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "/opt/closeup/deploy/serve.sh"]
 
 FROM serve AS export
 USER 0:0
@@ -51,4 +53,4 @@ RUN pip install -c constraints.txt '.[export]'
 COPY export export
 COPY demo demo
 USER 1000:1000
-ENTRYPOINT ["deploy/export.sh"]
+ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "/opt/closeup/deploy/export.sh"]

@@ -251,6 +251,17 @@ def test_image_takes_the_package_of_its_tensorrt_when_it_was_published_again(
         assert not requirement.specifier.contains("10.14.1.49")
 
 
+def test_stages_of_nvidias_image_keep_its_entry_point_and_name_scripts_that_exist() -> None:
+    text = DOCKERFILES[0].read_text()
+    entries = [json.loads(one) for one in re.findall(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)]
+    assert [entry[0] for entry in entries] == ["/opt/nvidia/nvidia_entrypoint.sh"] * 2
+    assert "test -x /opt/nvidia/nvidia_entrypoint.sh" in text  # the build stops where it is not
+    scripts = [Path(entry[1]) for entry in entries]
+    assert [path.name for path in scripts] == list(SCRIPTS)
+    for path in scripts:
+        assert (ROOT / path.relative_to("/opt/closeup")).is_file()
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_is_executable_and_parses(name: str) -> None:
     path = ROOT / "deploy" / name

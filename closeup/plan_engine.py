@@ -31,6 +31,9 @@ from closeup.plan_buckets import PlanBuckets, PlanParts
 from closeup.plans import PlanRecord, PlanTensor, RuntimeFacts, read_record, verify_plan
 from closeup.tensorrt_package import Messages, explain, find_gpu, import_tensorrt, make_logger
 
+# numpy's names of element types -> TensorRT's.
+_DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
+
 log = logging.getLogger(__name__)
 
 
@@ -142,6 +145,7 @@ class PlanEngine:
         with self._device.lock:
             self._device.enter()
             self._engine = _open_plan(path, self._parts)
+        _check_tensors(path, self._record, self._engine, self._parts.trt)
         with self._device.lock:
             self._buckets = PlanBuckets(self._engine, self._parts, options.cuda_graphs)
             self._reserve_workspace(path)
@@ -252,6 +256,31 @@ def _open_plan(path: Path, parts: PlanParts) -> Any:
         reason = explain(parts.messages.errors)
         raise ModelError(f"TensorRT cannot open {path}: {reason}.")
     return _Opened(runtime, engine)
+
+
+def _check_tensors(path: Path, record: PlanRecord, engine: Any, trt: Any) -> None:
+    """Hold a plan's tensors against its record: what differs would be read as other bytes.
+
+    Raises:
+        ModelError: a name, a direction or a type differs, or an input's values are shapes, which
+            TensorRT reads on the host.
+    """
+    modes = trt.TensorIOMode
+    expected = {tensor.name: (modes.INPUT, _DTYPES[tensor.dtype]) for tensor in record.inputs}
+    expected |= {tensor.name: (modes.OUTPUT, _DTYPES[tensor.dtype]) for tensor in record.outputs}
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    found = {
+        name: (engine.get_tensor_mode(name), engine.get_tensor_dtype(name).name) for name in names
+    }
+    wrong = sorted(
+        name for name in {*found, *expected}
+        if found.get(name) != expected.get(name) or engine.is_shape_inference_io(name)
+    )  # fmt: skip
+    if wrong:
+        raise ModelError(
+            f"{path}: the plan's tensor {wrong[0]} is not what its record says; build it again "
+            f"with: {record.command}"
+        )
 
 
 @dataclass(slots=True)

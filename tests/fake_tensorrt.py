@@ -48,6 +48,7 @@ class FakeDevice:
         profiles: of each run, in order.
         free_bytes: what can still be allocated.
         can_capture: False: TensorRT complains within a capture, which gives no graph.
+        shape_tensor: name of an input whose values are shapes.
         can_run: False: TensorRT refuses to run.
         messages: TensorRT's log.
     """
@@ -63,6 +64,7 @@ class FakeDevice:
         self.launches = 0
         self.can_capture = True
         self.can_run = True
+        self.shape_tensor = ""
         self.messages = Messages()
         self.profiles: list[int] = []
         self.free_bytes = 1 << 40
@@ -197,6 +199,15 @@ class FakeEngine:
     def __init__(self, device: FakeDevice) -> None:
         self._device = device
 
+    def get_tensor_mode(self, name: str) -> str:
+        return "output" if name in ("y", "twice") else "input"
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return SimpleNamespace(name="INT64" if name == "row" else "FLOAT")
+
+    def is_shape_inference_io(self, name: str) -> bool:
+        return name == self._device.shape_tensor
+
     def get_tensor_name(self, index: int) -> str:
         return ("x", "bank", "row", "y", "twice")[index]
 
@@ -221,8 +232,11 @@ def fake_module(device: FakeDevice, messages: Messages) -> Any:
                 return None
             return FakeEngine(device)
 
-    strategies = SimpleNamespace(USER_MANAGED="user managed")
-    return SimpleNamespace(Runtime=Runtime, ExecutionContextAllocationStrategy=strategies)
+    return SimpleNamespace(
+        Runtime=Runtime,
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
+        TensorIOMode=SimpleNamespace(INPUT="input", OUTPUT="output"),
+    )
 
 
 def toy_record() -> PlanRecord:

@@ -21,13 +21,15 @@ TENSORRT_NAMES = {
     "Runtime": ("deserialize_cuda_engine",),
     "ICudaEngine": (
         "create_execution_context", "get_device_memory_size_for_profile_v2", "get_tensor_name",
-        "num_io_tensors",
+        "num_io_tensors", "get_tensor_dtype", "get_tensor_mode", "is_shape_inference_io",
     ),
     "IExecutionContext": (
         "execute_async_v3", "get_tensor_shape", "set_device_memory", "set_input_shape",
         "set_optimization_profile_async", "set_tensor_address",
     ),
     "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
+    "TensorIOMode": ("INPUT", "OUTPUT"),
+    "DataType": ("FLOAT", "HALF", "BF16", "INT64"),
 }  # fmt: skip
 
 

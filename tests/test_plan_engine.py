@@ -363,6 +363,27 @@ def test_open_explains_when_tensorrt_refuses_the_file(tmp_path: Path, device: Fa
         open_toy(path, device)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape_tensor", "wrong"),
+    [
+        ("x", "float16", "", "x"),
+        ("other", "float32", "", "other"),
+        ("x", "float32", "row", "row"),
+    ],
+)
+def test_open_refuses_a_plan_whose_tensors_are_not_the_records(
+    tmp_path: Path, device: FakeDevice, name: str, dtype: str, shape_tensor: str, wrong: str
+) -> None:
+    device.shape_tensor = shape_tensor
+    path = write_plan(tmp_path)
+    record = toy_record()
+    first = PlanTensor(name=name, dtype=dtype, axes=("B", "w"))
+    changed = dataclasses.replace(record, inputs=(first, *record.inputs[1:]))
+    record_path(path).write_text(record_json(changed), encoding="utf-8")
+    with pytest.raises(ModelError, match=f"the plan's tensor {wrong} is not what its record says"):
+        open_toy(path, device)
+
+
 def test_open_engine_says_one_sentence_when_tensorrt_is_not_here(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         open_engine(write_plan(tmp_path))

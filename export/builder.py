@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,9 @@ def open_toolchain(
             "(no driver, or no device in this container): run it there, or build for RTX GPUs "
             "with --target tensorrt-rtx, which needs none."
         )
-    cache = None if cache_dir is None else cache_dir / f"timing-{version}-sm{gpu.sm}.cache"
+    # By name: GPUs of one compute capability, e.g. L4 and L40S, have timings of their own.
+    name = "-".join(re.findall(r"\w+", gpu.name))
+    cache = None if cache_dir is None else cache_dir / f"timing-{version}-sm{gpu.sm}-{name}.cache"
     return Toolchain(
         flavour=flavour,
         module=module,

@@ -71,7 +71,9 @@ def toolchain(fake: FakeTensorrt, tmp_path: Path) -> Toolchain:
 
 def test_toolchain_is_the_gpus_own(toolchain: Toolchain, tmp_path: Path) -> None:
     assert (toolchain.version, toolchain.sms, toolchain.gpu) == ("11.4.0.106", ("8.9",), GPU.name)
-    assert toolchain.timing_cache == tmp_path / "cache" / "timing-11.4.0.106-sm8.9.cache"
+    assert (
+        toolchain.timing_cache == tmp_path / "cache" / "timing-11.4.0.106-sm8.9-NVIDIA-L40S.cache"
+    )
 
 
 @pytest.mark.parametrize(("has_flag", "flags"), [(True, 2), (False, 0)])

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,7 @@ def test_script_is_executable_and_parses(name: str) -> None:
 
 
 def run_script(
-    name: str, tmp_path: Path, *arguments: str
+    name: str, tmp_path: Path, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """Run a script with programs that note how they were called."""
     programs = tmp_path / "bin"
@@ -281,12 +282,13 @@ def run_script(
     text = (ROOT / "deploy" / name).read_text().replace("/opt/closeup/", f"{ROOT}/")
     script = tmp_path / name
     script.write_text(text)
-    environment = {
+    variables = {
         "PATH": f"{programs}:/usr/bin:/bin",
         "CLOSEUP_REPOSITORY": str(tmp_path / "models"),
+        **(environment or {}),
     }
     done = subprocess.run(
-        ["bash", script, *arguments], env=environment, capture_output=True, text=True, check=False
+        ["bash", script, *arguments], env=variables, capture_output=True, text=True, check=False
     )
     return done, (tmp_path / "calls").read_text().splitlines()
 
@@ -298,6 +300,26 @@ def test_export_script_lays_out_the_python_models_and_may_run_again(tmp_path: Pa
     for model in ("generate", "generate_stream"):
         assert (tmp_path / "models" / model / "config.pbtxt").is_file()
         assert (tmp_path / "models" / model / "1" / "model.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, 30), ({"CLOSEUP_EXIT_TIMEOUT_S": "600"}, 600)]
+)
+def test_both_servers_give_running_requests_the_time_that_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: int
+) -> None:
+    monkeypatch.delenv("CLOSEUP_EXIT_TIMEOUT_S", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    _, calls = run_script("serve.sh", tmp_path, environment=given)
+    assert f"--exit-timeout-secs={expected} " in calls[1]
+    assert parse_server([]).exit_timeout_s == expected
+
+
+def test_grace_period_is_longer_than_any_request(services: dict[str, dict[str, Any]]) -> None:
+    for name in SERVERS:
+        limit_s = interpolate(services[name]["environment"]["CLOSEUP_REQUEST_TIMEOUT_S"])
+        assert int(services[name]["stop_grace_period"].removesuffix("s")) > int(limit_s)
 
 
 def test_serve_script_checks_before_it_serves_and_stops_when_the_check_fails(

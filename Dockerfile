@@ -19,16 +19,20 @@ ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
 
 WORKDIR /opt/closeup
 COPY closeup/nvinfer.py closeup/nvinfer.py
-# Only the bindings: the libraries are the image's own, the ones Triton loads.
+# Only the bindings: the libraries are the image's own, the ones Triton loads. `.*` takes a package
+# that was published again, e.g. 10.14.1.48.post1.
 RUN python3 closeup/nvinfer.py > TENSORRT_VERSION \
     && version="$(cat TENSORRT_VERSION)" \
-    && pip install --no-deps "tensorrt-cu13==$version" "tensorrt-cu13-bindings==$version"
+    && { pip install --no-deps "tensorrt-cu13==$version.*" "tensorrt-cu13-bindings==$version.*" \
+    || { echo "No package index has TensorRT $version of this image: set TRITON_IMAGE to another" \
+    "release, or PIP_EXTRA_INDEX_URL to an index that has it." >&2; exit 1; }; }
 
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY closeup closeup
 COPY client client
-RUN pip install -c constraints.txt . ./client \
-    && python3 -c "import sys, tensorrt; from closeup.nvinfer import *; sys.exit(version_problem(library_version(), tensorrt.__version__))"
+RUN test -x /opt/nvidia/nvidia_entrypoint.sh \
+    && pip install -c constraints.txt '.[plans]' ./client \
+    && python3 -c "import sys, tensorrt; from closeup.nvinfer import *; sys.exit(version_problem(library_version(), tensorrt.__version__) or None)"
 
 COPY model_repository model_repository
 COPY deploy deploy
@@ -38,7 +42,8 @@ USER 1000:1000
 ENV HOME=/tmp CLOSEUP_LORA_DIR=/srv/loras
 EXPOSE 8000 8001 8002
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["deploy/serve.sh"]
+# NVIDIA's own comes first: it sets up CUDA's forward compatibility with older drivers.
+ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "/opt/closeup/deploy/serve.sh"]
 
 FROM serve AS export
 USER 0:0
@@ -48,4 +53,4 @@ RUN pip install -c constraints.txt '.[export]'
 COPY export export
 COPY demo demo
 USER 1000:1000
-ENTRYPOINT ["deploy/export.sh"]
+ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "/opt/closeup/deploy/export.sh"]

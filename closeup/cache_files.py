@@ -14,6 +14,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+CACHE_VARIABLE = "CLOSEUP_PLAN_CACHE"
+
+
+def cache_folder() -> Path:
+    """Return the folder of those files: ``CLOSEUP_PLAN_CACHE``, else in the user's cache."""
+    given = os.environ.get(CACHE_VARIABLE)
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "closeup" / "plans"
+
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old content or the new one, never a part.

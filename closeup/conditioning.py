@@ -19,6 +19,8 @@ from closeup.weighted_prompt import (
 )
 
 NEGATIVE, FACE = "negative_prompt", "face_prompt"
+# Rows of token ids in one call: every export's text encoders for weighted prompts take as many.
+ENCODER_ROWS = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,7 +203,13 @@ async def _states(run: Run, encoder: TextEncoder, ids: Array) -> dict[str, Float
         if not run.ticket:
             await run.admit()
         name = model.encoder_model(encoder)
-        return await run.infer_floats(name, {"input_ids": ids}, encoder.outputs)
+        answers = [
+            await run.infer_floats(
+                name, {"input_ids": ids[first : first + ENCODER_ROWS]}, encoder.outputs
+            )
+            for first in range(0, len(ids), ENCODER_ROWS)
+        ]
+        return {name: np.concatenate([one[name] for one in answers]) for name in encoder.outputs}
     inputs = {"encoder": text_tensor(encoder.name), "input_ids": ids}
     wanted = [f"encoded_{output}" for output in encoder.outputs]
     if run.ticket:

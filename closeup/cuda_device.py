@@ -5,7 +5,7 @@ Not run on a GPU yet: everything above `Device` is tested against a fake of it.
 
 from __future__ import annotations
 
-import functools
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,8 +13,13 @@ from typing import Any, Protocol
 from closeup.engines import Array
 from closeup.errors import ModelError
 
+log = logging.getLogger(__name__)
+
 # cudaMalloc gives addresses that are multiples of this; so are TensorRT's needs.
 _BLOCK_BYTES = 512
+# Errors after which every call of the process fails: uncorrectable memory and link errors, a kernel
+# that hung, trapped or touched what is not its own, and what the driver does not know.
+_FATAL = frozenset({214, 220, 700, 702, 710, *range(714, 720), 999})
 
 
 class Device(Protocol):
@@ -37,7 +42,7 @@ class Device(Protocol):
         """Give device memory back, once what is queued is done."""
 
     def upload(self, address: int, array: Array) -> None:
-        """Copy a contiguous host array to the device; the host array may change afterwards."""
+        """Copy a contiguous host array to the device; it must stay as it is until `synchronize`."""
 
     def download(self, array: Array, address: int) -> None:
         """Copy from the device into a contiguous host array, whole after `synchronize`."""
@@ -95,6 +100,9 @@ class CudaDevice:
     Args:
         device_id: which GPU.
 
+    Attributes:
+        lost: the error after which no call of this process will succeed; empty before it.
+
     Raises:
         ModelError: the package is missing, or CUDA refuses.
     """
@@ -103,6 +111,7 @@ class CudaDevice:
         self._cuda = _import_cuda()
         self._device_id = device_id
         self.lock = threading.RLock()
+        self.lost = ""
         self.enter()
         handle = self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self._stream = handle
@@ -123,7 +132,7 @@ class CudaDevice:
         self._call("cudaFree", address)
 
     def upload(self, address: int, array: Array) -> None:
-        """See `Device.upload`; from pageable memory CUDA stages the bytes before it returns."""
+        """See `Device.upload`; where the GPU reads pageable memory itself, nothing is staged."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._copy(address, array.ctypes.data, array.nbytes, kind)
 
@@ -149,15 +158,13 @@ class CudaDevice:
             done = enqueue()
         finally:
             # Always ended, or the stream is lost; an error here only means that there is no graph.
-            error, graph = self._cuda.cudaStreamEndCapture(self._stream)
-        if int(error) or graph is None or int(graph) == 0:
+            graph = self._try("cudaStreamEndCapture", self._stream)
+        if not graph:
             return None
-        try:
-            if not done:
-                return None
-            executable = self._call("cudaGraphInstantiate", graph, 0)
-        finally:
-            self._call("cudaGraphDestroy", graph)
+        executable = self._try("cudaGraphInstantiate", graph, 0) if done else 0
+        self._call("cudaGraphDestroy", graph)
+        if not executable:
+            return None
         self._graphs[int(executable)] = executable
         return int(executable)
 
@@ -173,25 +180,56 @@ class CudaDevice:
         if size_bytes:
             self._call("cudaMemcpyAsync", target, source, size_bytes, kind, self._stream)
 
+    def _try(self, name: str, *arguments: Any) -> Any:
+        """Call what may fail, e.g. for want of memory; returns its handle, 0 where it did.
+
+        The runtime keeps the error for whoever asks next: it is taken away here, or TensorRT would
+        find it after a launch of its own.
+        """
+        error, handle = getattr(self._cuda, name)(*arguments)
+        if int(error):
+            self._cuda.cudaGetLastError()
+            return 0
+        return handle if handle is not None and int(handle) else 0
+
     def _call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the runtime; it returns (error, result) or (error,)."""
         error, *results = getattr(self._cuda, name)(*arguments)
         if int(error):
             text = self._cuda.cudaGetErrorString(error)[1].decode()
-            raise ModelError(f"CUDA: {name} failed with error {int(error)}, {text}.")
+            sentence = f"CUDA: {name} failed with error {int(error)}, {text}."
+            if int(error) in _FATAL and not self.lost:
+                self.lost = sentence
+                log.error("%s The GPU is lost to this process: start the server again.", sentence)
+            raise ModelError(sentence)
         return results[0] if results else None
 
 
-@functools.cache
+_devices: dict[int, CudaDevice] = {}
+_workspaces: dict[int, Buffer] = {}
+_opening = threading.Lock()  # engines are opened by several threads
+
+
 def open_device(device_id: int) -> CudaDevice:
     """Return the process's device of that number: one stream for all its plans."""
-    return CudaDevice(device_id)
+    with _opening:
+        if device_id not in _devices:
+            _devices[device_id] = CudaDevice(device_id)
+        return _devices[device_id]
 
 
-@functools.cache
-def shared_workspace(device: Device) -> Buffer:
-    """Return the activation memory that the plans of one process share, each while it runs."""
-    return Buffer(device)
+def shared_workspace(device_id: int) -> Buffer:
+    """Return the activation memory that the plans on that device share, each while it runs."""
+    device = open_device(device_id)
+    with _opening:
+        if device_id not in _workspaces:
+            _workspaces[device_id] = Buffer(device)
+        return _workspaces[device_id]
+
+
+def lost_device() -> str:
+    """Return why no GPU of this process will work again; empty while they do."""
+    return next((device.lost for device in list(_devices.values()) if device.lost), "")
 
 
 def _import_cuda() -> Any:

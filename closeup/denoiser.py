@@ -58,14 +58,18 @@ class Denoiser:
             name goes before each.
         version: name of the version folder.
         settings: server options.
+        device_id: the GPU of every engine.
     """
 
-    def __init__(self, folder: Path, *, version: str = "1", settings: Settings) -> None:
+    def __init__(
+        self, folder: Path, *, version: str = "1", settings: Settings, device_id: int = 0
+    ) -> None:
         self.manifest = manifest = read_manifest(folder / MANIFEST_NAME)
-        self._engine = open_engine(engine_path(folder / version), options=EngineOptions())
+        options = EngineOptions(device_id=device_id)
+        self._engine = open_engine(engine_path(folder / version), options=options)
         plain = engine_path(folder / version, Path(PLAIN_NAME).stem)
-        self._plain = open_engine(plain, options=EngineOptions()) if plain.exists() else None
-        self._encoders = LoraEncoders(manifest.encoders, folder / version)
+        self._plain = open_engine(plain, options=options) if plain.exists() else None
+        self._encoders = LoraEncoders(manifest.encoders, folder / version, options)
         self._limit_s = settings.request_timeout_s + LEASE_MARGIN_S
         self._loader = ThreadPoolExecutor(LORA_LOADERS, thread_name_prefix="lora")
         self._store = LoraStore(

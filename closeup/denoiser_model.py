@@ -6,6 +6,7 @@ when its segment is done.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from closeup.cuda_device import lost_device
 from closeup.denoiser import LEASE_MARGIN_S, Answer, Denoiser
 from closeup.denoiser_metrics import METRICS, metric_values
 from closeup.run import Array
@@ -28,6 +30,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Open the engine and run one step to warm up."""
         configure_logging()
+        _check_alone(args)
         settings = read_settings()
         self._limit_s = settings.request_timeout_s + LEASE_MARGIN_S
         self._watchdog = Watchdog()
@@ -35,6 +38,7 @@ class TritonPythonModel:
             Path(args["model_repository"]),
             version=args["model_version"],
             settings=settings,
+            device_id=_device_id(args),
         )
         self._metrics = _Metrics(args["model_name"], self._denoiser)
 
@@ -49,6 +53,10 @@ class TritonPythonModel:
             else:
                 future.add_done_callback(partial(self._answer, reply))
 
+    def is_ready(self) -> bool:
+        """Whether a request can still succeed; Triton asks from 26.03 on."""
+        return not lost_device()
+
     def finalize(self) -> None:
         """Answer what is still open and release the engine."""
         self._denoiser.close()
@@ -61,6 +69,23 @@ class TritonPythonModel:
         else:
             reply.finish(done.result())
         self._metrics.publish()
+
+
+def _device_id(args: Mapping[str, str]) -> int:
+    """The GPU that Triton put this instance on; 0 for one on the CPU."""
+    return int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else 0
+
+
+def _check_alone(args: Mapping[str, str]) -> None:
+    """Refuse to be one of several: a ticket is known to the process that gave it alone."""
+    groups = json.loads(args["model_config"]).get("instance_group", ())
+    count = sum(group.get("count", 1) * max(1, len(group.get("gpus", ()))) for group in groups)
+    if count > 1:
+        raise pb_utils.TritonModelException(
+            f"{args['model_name']} would run as {count} processes, and each request's parts must "
+            "meet the same one: give the container one GPU (--gpus device=0), or write "
+            "instance_group { count: 1 kind: KIND_GPU gpus: [ 0 ] } into its config.pbtxt."
+        )
 
 
 def _frozen(inputs: dict[str, Array]) -> dict[str, Array]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import triton_python_backend_utils as pb_utils
 
+from closeup.cuda_device import lost_device
 from closeup.engines import Described, Engine, EngineOptions, open_engine
 from closeup.errors import CloseupError
 from closeup.onnx_serving import (
@@ -21,7 +22,9 @@ from closeup.onnx_serving import (
     needs_dynamic_batching,
     options_from_config,
     run_requests,
+    wants_cuda,
 )
+from closeup.plans import GRAPH_SUFFIX
 
 
 class EngineBackend:
@@ -64,12 +67,14 @@ class EngineBackend:
         config = json.loads(args["model_config"])
         on_gpu = args["model_instance_kind"] == "GPU"
         try:
+            path = self._path(config)
             options = options_from_config(
                 config,
-                use_cuda=on_gpu,
+                use_cuda=wants_cuda(args["model_instance_name"], on_gpu=on_gpu)
+                if path.suffix == GRAPH_SUFFIX else on_gpu,
                 device_id=int(args["model_instance_device_id"]) if on_gpu else 0,
-            )
-            self._engine = self.open(self._path(config), options)
+            )  # fmt: skip
+            self._engine = self.open(path, options)
             check_config(config, self._engine)
         except CloseupError as error:
             raise pb_utils.TritonModelException(str(error)) from None
@@ -95,6 +100,10 @@ class EngineBackend:
             _respond(answer, set(request.requested_output_names()))
             for request, answer in zip(requests, answers, strict=True)
         ]
+
+    def is_ready(self) -> bool:
+        """Whether a request can still succeed; Triton asks from 26.03 on."""
+        return not lost_device()
 
     def finalize(self) -> None:
         """Free the engine."""

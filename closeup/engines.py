@@ -113,9 +113,8 @@ class EngineOptions:
         keep_memory: keep the memory of one call for the next. False hands it back after every
             call, a smaller process for engines that run seldom and need much: 12 convolutions at
             512x512 peaked at 298 MB instead of 486 and kept 43 instead of 294.
-        cuda_graphs: of a plan: combinations of input shapes whose execution context and CUDA
-            graph are kept, the least recently used go first; 0 uses no graphs. By default
-            :func:`count_cuda_graphs`.
+        cuda_graphs: of a plan: combinations of input shapes whose CUDA graph is kept; 0 uses no
+            graphs. By default :func:`count_cuda_graphs`.
     """
 
     threads: int = field(default_factory=count_threads)

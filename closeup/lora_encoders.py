@@ -29,18 +29,24 @@ class LoraEncoders:
     Args:
         encoders: of the manifest; those without a LoRA layout are left out.
         folder: with ``<name>.plan`` or ``<name>.onnx`` of each.
+        options: of the engines; None stands for ``EngineOptions()``.
 
     Raises:
         ModelError: a file is missing or unusable, or an engine lacks an input.
     """
 
-    def __init__(self, encoders: Sequence[TextEncoder], folder: Path) -> None:
+    def __init__(
+        self,
+        encoders: Sequence[TextEncoder],
+        folder: Path,
+        options: EngineOptions | None = None,
+    ) -> None:
         self._encoders = {one.name: one for one in encoders if one.lora is not None}
         self._engines: dict[str, Engine] = {}
         self.engine_s = 0.0  # seconds inside the engines, written by the worker only
         try:
             for name in self._encoders:
-                engine = open_engine(engine_path(folder, name), options=EngineOptions())
+                engine = open_engine(engine_path(folder, name), options=options or EngineOptions())
                 self._engines[name] = engine
                 _check_specs(name, engine)
         except BaseException:

@@ -39,6 +39,11 @@ def library_version(names: tuple[str, ...] = LIBRARIES) -> str | None:
     return None
 
 
+def release_of(package: str) -> str:
+    """Return a package's version without what tells its uploads apart, ``.post1``."""
+    return package.split(".post")[0]
+
+
 def version_problem(library: str | None, package: str) -> str:
     """Say why Triton's native backend and Python's package cannot open the same plans.
 
@@ -49,12 +54,12 @@ def version_problem(library: str | None, package: str) -> str:
     Returns:
         A sentence; empty when both agree or there is no library to disagree with.
     """
-    if library is None or library == package:
+    if library is None or library == release_of(package):
         return ""
     return (
         f"Triton loads TensorRT {library} and Python's package tensorrt is {package}, and a plan "
         "runs on one version only: build the image again, or install "
-        f"tensorrt-cu13=={library} and tensorrt-cu13-bindings=={library}."
+        f"tensorrt-cu13=={library}.* and tensorrt-cu13-bindings=={library}.* in quotes."
     )
 
 

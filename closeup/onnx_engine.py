@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from closeup.engines import (
 )
 from closeup.errors import ModelError
 from closeup.heap import trim_heap
+from closeup.tensorrt_package import find_gpu
+
+log = logging.getLogger(__name__)
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 
@@ -94,6 +98,8 @@ def _session_from_onnx(path: Path, options: EngineOptions) -> Any:
     available = ort.get_available_providers()
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if options.use_cuda and CUDA_PROVIDER in available:
+        if hasattr(ort, "preload_dlls"):  # CUDA's libraries from pip are found after this alone
+            ort.preload_dlls()
         providers.insert(0, (CUDA_PROVIDER, _cuda_options(options)))
     try:
         session = ort.InferenceSession(
@@ -122,12 +128,29 @@ def _cuda_options(options: EngineOptions) -> dict[str, str]:
 
 
 def _check_device(path: Path, provider: str, options: EngineOptions) -> None:
-    """Refuse the CPU where CUDA was demanded; ONNX Runtime falls back without a word."""
-    if options.use_cuda and wanted_device() == "cuda" and provider != CUDA_PROVIDER:
+    """Tell of the CPU where CUDA was to be had; ONNX Runtime falls back without a word.
+
+    Raises:
+        ModelError: CUDA was demanded.
+    """
+    import onnxruntime as ort
+
+    if not options.use_cuda or provider == CUDA_PROVIDER:
+        return
+    if wanted_device() == "cuda":
         raise ModelError(
             f"{path} would run on {provider} though {DEVICE_VARIABLE} is 'cuda': install "
             f"onnxruntime-gpu and its CUDA libraries, or set {DEVICE_VARIABLE} to 'auto'."
         )
+    has_cuda = CUDA_PROVIDER in ort.get_available_providers()
+    if has_cuda or find_gpu(options.device_id) is not None:
+        reason = (
+            "does not find a GPU or its CUDA and cuDNN libraries" if has_cuda else "has no CUDA"
+        )
+        log.warning(
+            "%s runs on the CPU: this onnxruntime %s; install onnxruntime-gpu[cuda,cudnn], or set "
+            "%s to 'cpu' where that is meant.", path, reason, DEVICE_VARIABLE,
+        )  # fmt: skip
 
 
 def _make_session_options(options: EngineOptions) -> Any:

@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from closeup.engines import Array, Described, Engine, EngineOptions, TensorSpec, count_threads
+from closeup.engines import (
+    DEVICE_VARIABLE,
+    Array,
+    Described,
+    Engine,
+    EngineOptions,
+    TensorSpec,
+    count_threads,
+    wanted_device,
+)
 from closeup.errors import ModelError
 
 MODEL_FILE = "model.onnx"
@@ -100,6 +109,26 @@ def options_from_config(
         use_cuda=use_cuda,
         device_id=device_id,
     )
+
+
+def wants_cuda(instance: str, *, on_gpu: bool) -> bool:
+    """Whether an instance that serves a graph takes the CUDA provider: ``CLOSEUP_DEVICE`` decides.
+
+    Args:
+        instance: its name, for the message.
+        on_gpu: Triton put it on a GPU.
+
+    Raises:
+        ModelError: CUDA is demanded of an instance on the CPU.
+    """
+    device = wanted_device()
+    if device == "cuda" and not on_gpu:
+        raise ModelError(
+            f"{instance} is an instance on the CPU though {DEVICE_VARIABLE} is 'cuda': write "
+            "instance_group { kind: KIND_GPU } into its config.pbtxt, give the server a GPU, or "
+            f"set {DEVICE_VARIABLE} to 'auto'."
+        )
+    return on_gpu and device != "cpu"
 
 
 def is_complete(config: Mapping[str, Any]) -> bool:

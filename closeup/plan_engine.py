@@ -11,6 +11,8 @@ Not run on a GPU yet: the logic is tested against a fake TensorRT (`tests/fake_t
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import mmap
 import weakref
 from collections.abc import Mapping
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from closeup.cache_files import cache_folder
 from closeup.cuda_device import Buffer, open_device, shared_workspace
 from closeup.device_inputs import InputSlot, Produced
 from closeup.engines import Array, EngineOptions, TensorSpec, check_feeds, name_from_path
@@ -27,6 +30,11 @@ from closeup.errors import ModelError
 from closeup.plan_buckets import PlanBuckets, PlanParts
 from closeup.plans import PlanRecord, PlanTensor, RuntimeFacts, read_record, verify_plan
 from closeup.tensorrt_package import Messages, explain, find_gpu, import_tensorrt, make_logger
+
+# numpy's names of element types -> TensorRT's.
+_DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,15 +94,26 @@ def open_parts(path: Path, record: PlanRecord, options: EngineOptions) -> PlanPa
             f"a container with --gpus all, or delete the plan to serve {path.stem}.onnx."
         )
     verify_plan(path, RuntimeFacts(flavour=record.flavour, version=trt.__version__, sm=gpu.sm))
+    warn_of_other_gpu(path, record, gpu.name)
     device = open_device(options.device_id)
     messages = Messages()
     return PlanParts(
         trt=trt,
         device=device,
-        workspace=shared_workspace(device),
+        workspace=shared_workspace(options.device_id),
         messages=messages,
         logger=make_logger(trt, messages),
+        kernels=cache_folder() / f"kernels-{trt.__version__}-{record.plan_sha256[:16]}.cache",
     )
+
+
+def warn_of_other_gpu(path: Path, record: PlanRecord, gpu: str) -> None:
+    """Log where a plan was built on another GPU; one of its compute capability runs it."""
+    if record.gpu and record.gpu != gpu:
+        log.warning(
+            "%s was built on %s and runs on %s: it may be slower or need more memory than there "
+            "is; build it for this one with: %s", path, record.gpu, gpu, record.command,
+        )  # fmt: skip
 
 
 class PlanEngine:
@@ -126,7 +145,10 @@ class PlanEngine:
         with self._device.lock:
             self._device.enter()
             self._engine = _open_plan(path, self._parts)
-        self._buckets = PlanBuckets(self._engine, self._parts, options.cuda_graphs)
+        _check_tensors(path, self._record, self._engine, self._parts.trt)
+        with self._device.lock:
+            self._buckets = PlanBuckets(self._engine, self._parts, options.cuda_graphs)
+            self._reserve_workspace(path)
         self._slots = {spec.name: InputSlot(self._device) for spec in self._inputs}
         self._results = {spec.name: Buffer(self._device) for spec in self._outputs}
         self._produced: list[Produced] = []
@@ -158,6 +180,8 @@ class PlanEngine:
                 return self._run(arrays, profile, shapes)
             except BaseException:
                 self._produced = []
+                with contextlib.suppress(ModelError):  # copies of arrays that are about to be freed
+                    self._device.synchronize()
                 raise
 
     def close(self) -> None:
@@ -175,6 +199,19 @@ class PlanEngine:
             for buffer in self._results.values():
                 buffer.release()
             self._engine = None
+
+    def _reserve_workspace(self, path: Path) -> None:
+        """Take the activation memory of the hungriest profile now, not under a request."""
+        need = self._buckets.workspace_bytes(len(self._record.profiles))
+        try:
+            self._device.enter()
+            self._buckets.reserve(need)
+        except ModelError as error:
+            raise ModelError(
+                f"{path} needs {-(-need // 10**6)} MB of the GPU for the largest call that it "
+                f"takes, beside what is there: {error} Lower --max-batch or --sizes and build it "
+                f"again: {self._record.command}"
+            ) from error
 
     def _run(
         self, arrays: Mapping[str, Array], profile: int, shapes: Mapping[str, tuple[int, ...]]
@@ -219,6 +256,31 @@ def _open_plan(path: Path, parts: PlanParts) -> Any:
         reason = explain(parts.messages.errors)
         raise ModelError(f"TensorRT cannot open {path}: {reason}.")
     return _Opened(runtime, engine)
+
+
+def _check_tensors(path: Path, record: PlanRecord, engine: Any, trt: Any) -> None:
+    """Hold a plan's tensors against its record: what differs would be read as other bytes.
+
+    Raises:
+        ModelError: a name, a direction or a type differs, or an input's values are shapes, which
+            TensorRT reads on the host.
+    """
+    modes = trt.TensorIOMode
+    expected = {tensor.name: (modes.INPUT, _DTYPES[tensor.dtype]) for tensor in record.inputs}
+    expected |= {tensor.name: (modes.OUTPUT, _DTYPES[tensor.dtype]) for tensor in record.outputs}
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    found = {
+        name: (engine.get_tensor_mode(name), engine.get_tensor_dtype(name).name) for name in names
+    }
+    wrong = sorted(
+        name for name in {*found, *expected}
+        if found.get(name) != expected.get(name) or engine.is_shape_inference_io(name)
+    )  # fmt: skip
+    if wrong:
+        raise ModelError(
+            f"{path}: the plan's tensor {wrong[0]} is not what its record says; build it again "
+            f"with: {record.command}"
+        )
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from closeup.errors import ModelError
+from closeup.nvinfer import release_of
 
 PLAN_SUFFIX = ".plan"
 GRAPH_SUFFIX = ".onnx"
@@ -298,7 +299,7 @@ def _runtime_problem(record: PlanRecord, runtime: RuntimeFacts) -> str:
             f"it was built by {record.flavour.label} and cannot be opened by "
             f"{runtime.flavour.label}, which is what runs here"
         )
-    if record.version != runtime.version:
+    if release_of(record.version) != release_of(runtime.version):
         return (
             f"it was built by {record.flavour.label} {record.version} and runs only there, this "
             f"is {runtime.version}"

@@ -23,13 +23,19 @@ def runtime_facts(flavour: Flavour) -> RuntimeFacts:
     """Find the TensorRT and the GPU that would open a plan.
 
     Raises:
-        ModelError: no package, no GPU, or a package of another version than Triton's library.
+        ModelError: plans of TensorRT-RTX, no package, no GPU, or a package of another version than
+            Triton's library.
     """
+    if flavour is Flavour.RTX:
+        raise ModelError(
+            "NVIDIA's tritonserver cannot serve plans of TensorRT-RTX, its tensorrt backend has "
+            "the other TensorRT: export again with --target tensorrt, or serve them with the "
+            "embedded server, python -m closeup.server."
+        )
     version = str(import_tensorrt(flavour).__version__)
-    if flavour is Flavour.TENSORRT:
-        problem = version_problem(library_version(), version)
-        if problem:
-            raise ModelError(problem)
+    problem = version_problem(library_version(), version)
+    if problem:
+        raise ModelError(problem)
     gpu = find_gpu()
     if gpu is None:
         raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -206,6 +207,11 @@ def parse_arguments(arguments: Sequence[str]) -> ServerOptions:
     parser.add_argument("--model-control", choices=controls, default="none")
     parser.add_argument("--log-verbose", type=int, default=0)
     parser.add_argument("--log-path", type=Path, help="keep the log here")
-    parser.add_argument("--exit-timeout-s", type=int, default=30)
+    parser.add_argument(
+        "--exit-timeout-s",
+        type=int,
+        default=os.environ.get("CLOSEUP_EXIT_TIMEOUT_S", "30"),
+        help="how long running requests may take to finish at the end (CLOSEUP_EXIT_TIMEOUT_S)",
+    )
     values = vars(parser.parse_args(arguments))
     return ServerOptions(**{**values, "model_control": ModelControl(values["model_control"])})

@@ -127,6 +127,8 @@ def make_logger(trt: Any, messages: Messages) -> Any:
             base.__init__(self)
 
         def log(self, severity: Any, text: str) -> None:
+            if severity.name in ("INFO", "VERBOSE"):  # thousands a build
+                return
             messages.add(severity.name, text)
 
     return MessageLog()

@@ -155,7 +155,11 @@ class Watchdog:
 
 
 class TritonModels:
-    """`closeup.run.Models` over Triton's BLS."""
+    """`closeup.run.Models` over Triton's BLS.
+
+    Every answer is asked for in CPU memory: the native backends else leave theirs on the GPU, which
+    numpy cannot read, and this process would open a CUDA context for it.
+    """
 
     async def infer(
         self, name: str, inputs: Mapping[str, Array], outputs: Sequence[str]
@@ -169,6 +173,7 @@ class TritonModels:
             model_name=name,
             inputs=tensors_from(inputs),
             requested_output_names=list(outputs),
+            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         )
         response = await request.async_exec()
         if response.has_error():

@@ -1,5 +1,6 @@
 # The embedded server for machines without a GPU: a slim image, and `export`, which adds what
-# writes the graphs. Not run yet: no machine with Docker was at hand.
+# writes the graphs. The server runs its Python stub from the temporary folder: `docker run
+# --read-only` goes with `--tmpfs /tmp:exec,mode=1777`. Not run yet: no machine with Docker was at hand.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 # hadolint ignore=DL3006

@@ -9,7 +9,7 @@ exec tritonserver \
     --model-repository="$repository" \
     --model-control-mode=none \
     --allow-client-shm=false \
-    --exit-timeout-secs=30 \
+    --exit-timeout-secs="${CLOSEUP_EXIT_TIMEOUT_S:-30}" \
     --backend-config=python,shm-default-byte-size=4194304 \
     --backend-config=python,shm-growth-byte-size=4194304 \
     "$@"

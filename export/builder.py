@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,9 @@ def open_toolchain(
             "(no driver, or no device in this container): run it there, or build for RTX GPUs "
             "with --target tensorrt-rtx, which needs none."
         )
-    cache = None if cache_dir is None else cache_dir / f"timing-{version}-sm{gpu.sm}.cache"
+    # By name: GPUs of one compute capability, e.g. L4 and L40S, have timings of their own.
+    name = "-".join(re.findall(r"\w+", gpu.name))
+    cache = None if cache_dir is None else cache_dir / f"timing-{version}-sm{gpu.sm}-{name}.cache"
     return Toolchain(
         flavour=flavour,
         module=module,
@@ -139,6 +142,7 @@ def builder_flags(toolchain: Toolchain, precision: str) -> dict[str, str]:
         flags["tf32"] = "off"
     if toolchain.flavour is Flavour.RTX:
         flags["compute_capabilities"] = ",".join(toolchain.sms)
+        flags["require_user_allocation"] = "on"
     return flags
 
 
@@ -257,6 +261,8 @@ def _configure(job: BuildJob, toolchain: Toolchain, parts: _Parts) -> None:
     if job.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)
     if toolchain.flavour is Flavour.RTX:
+        # Else it may allocate memory while it runs, which no CUDA graph can hold.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = len(toolchain.sms)
         for place, sm in enumerate(toolchain.sms):
             kind = getattr(trt.ComputeCapability, f"SM{sm.replace('.', '')}")

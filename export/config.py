@@ -38,6 +38,8 @@ class TritonConfig:
             dynamic batching.
         instances: processes or sessions per device.
         kind: where they run; KIND_CPU keeps a Python model from holding a CUDA context.
+        gpus: which, by their number in the container; empty: one group of instances for each. For
+            ``KIND_GPU`` alone: Triton refuses them where KIND_AUTO becomes KIND_CPU.
         parameters: the backend's options.
         decoupled: a request may have any number of responses.
         engine_file: the file in the version folder that is served; empty: the backend's default.
@@ -52,6 +54,7 @@ class TritonConfig:
     queue_delay_us: int | None = None
     instances: int = 1
     kind: str = "KIND_AUTO"
+    gpus: tuple[int, ...] = ()
     parameters: Mapping[str, str] = field(default_factory=dict)
     decoupled: bool = False
     engine_file: str = ""
@@ -61,11 +64,6 @@ class TritonConfig:
 def vae_batch(max_batch: int, native_px: int) -> int:
     """Return how many pictures of the native size a VAE call holds."""
     return max(1, min(max_batch, VAE_PIXELS // native_px**2))
-
-
-def encoder_batch(max_batch: int) -> int:
-    """Return how many prompts a text encoder's call holds; a request has three at most."""
-    return max(4, 2 * max_batch)
 
 
 def config_text(config: TritonConfig) -> str:
@@ -81,7 +79,8 @@ def config_text(config: TritonConfig) -> str:
     lines += [_tensor("output", tensor) for tensor in config.outputs]
     # The native backend uses profile 0 alone unless it is told of the others.
     profiles = "".join(f' profile: "{number}"' for number in range(config.profiles))
-    group = f"count: {config.instances} kind: {config.kind}{profiles}"
+    gpus = f" gpus: [ {', '.join(map(str, config.gpus))} ]" if config.gpus else ""
+    group = f"count: {config.instances} kind: {config.kind}{gpus}{profiles}"
     lines.append(f"instance_group {{ {group} }}")
     if config.decoupled:
         lines.append("model_transaction_policy { decoupled: true }")

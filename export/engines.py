@@ -35,7 +35,6 @@ from export.config import (
     DETECTOR_BATCH,
     QUEUE_DELAY_US,
     TritonConfig,
-    encoder_batch,
     vae_batch,
 )
 from export.options import ExportOptions
@@ -45,6 +44,7 @@ from export.profiles import (
     Tensors,
     denoiser_sides,
     detector_sides,
+    encoder_batch,
     encoder_sides,
     limits_of,
     profile_of,
@@ -64,6 +64,9 @@ _TRITON_TYPES = {
     "bfloat16": "TYPE_BF16",
     "int64": "TYPE_INT64",
 }
+# Tickets, slots and the LoRA bank are one process's, so a pipeline has one GPU: the first there is.
+_GPUS = (0,)
+_ON_PROFILE_CHANGE = {"execution_context_allocation_strategy": "ON_PROFILE_CHANGE"}
 _DETECTOR_AXES = ("batch", "", "height", "width")
 
 
@@ -151,6 +154,7 @@ class PlanWriter:
                 inputs=DENOISER_INPUTS,
                 outputs=DENOISER_OUTPUTS,
                 kind="KIND_GPU",
+                gpus=_GPUS,
             )
         )
         return manifest, stamp
@@ -237,8 +241,7 @@ class PlanWriter:
             sides = encoder_sides(encoder, manifest, limits)
             if encoder.lora is None:
                 model = manifest.encoder_model(encoder)
-                batch = encoder_batch(manifest.max_batch)
-                yield want(model, staging.graph_path(model), sides, batch)
+                yield want(model, staging.graph_path(model), sides, encoder_batch(manifest))
             else:
                 graph = denoiser.with_name(f"{encoder.name}.onnx")
                 yield want(f"{manifest.denoiser}/{encoder.name}", graph, sides, None)
@@ -329,7 +332,10 @@ def _plan_config(wanted: _Wanted, max_batch: int) -> TritonConfig:
         max_batch_size=max_batch,
         queue_delay_us=QUEUE_DELAY_US if max_batch > 1 else None,
         kind="KIND_GPU",
+        gpus=_GPUS,
         profiles=profiles if profiles > 1 else 0,
+        # Else Triton makes a context a profile, each with the memory of the hungriest of all.
+        parameters=_ON_PROFILE_CHANGE if profiles > 1 else {},
     )
 
 

@@ -31,7 +31,6 @@ from export.config import (
     QUEUE_DELAY_US,
     UPSCALER_BATCH,
     TritonConfig,
-    encoder_batch,
     vae_batch,
 )
 from export.engines import PlanWriter
@@ -48,6 +47,7 @@ from export.precisions import (
     VAE_ENCODER,
     Precision,
 )
+from export.profiles import encoder_batch
 from export.repository import (
     DENOISER_MODEL,
     Staging,
@@ -299,9 +299,7 @@ def _export_encoder(
     )
     if not rank:
         model = draft.encoder_model(encoder)
-        return encoder, _export_served(
-            staging, job, model, max_batch=encoder_batch(options.max_batch)
-        )
+        return encoder, _export_served(staging, job, model, max_batch=encoder_batch(draft))
     path = staging.graph_path(draft.denoiser).with_name(f"{entry.name}.onnx")
     written = export_part(job, path, f"{draft.denoiser}/{entry.name}")
     _report(entry.name, written.component)

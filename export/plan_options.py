@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from closeup.cache_files import CACHE_VARIABLE, cache_folder
 from closeup.errors import ExportError
 from closeup.manifest import SizeRange
 from export.sizes import parse_sizes
 
-CACHE_VARIABLE = "CLOSEUP_PLAN_CACHE"
 DEFAULT_LORA_ROWS = 16
 _SM = re.compile(r"\d+\.\d")
-
-
-def default_cache() -> Path:
-    """Return the folder of built plans: ``CLOSEUP_PLAN_CACHE``, else in the user's cache."""
-    given = os.environ.get(CACHE_VARIABLE)
-    if given:
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "closeup" / "plans"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +35,7 @@ class PlanOptions:
     sizes: tuple[SizeRange, ...] = ()
     sms: tuple[str, ...] = ()
     lora_rows: int = DEFAULT_LORA_ROWS
-    cache: Path = field(default_factory=default_cache)
+    cache: Path = field(default_factory=cache_folder)
     cache_gb: float = 64.0
     command: str = "python -m export"
     given: tuple[str, ...] = ()

@@ -15,15 +15,16 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
+from closeup.conditioning import ENCODER_ROWS
 from closeup.errors import ExportError
 from closeup.manifest import EngineLimits, ModelManifest, SizeRange, TextEncoder, UpscalerManifest
 from closeup.plans import PlanTensor, Profile, ShapeRange
 from export.sizes import Side
 
-# Chunks of a weighted prompt: 300 tokens of CLIP.
-MAX_CHUNKS = 4
 # Prompts of one request that an encoder is given at once: negative, prompt, face prompt.
 PROMPTS = 3
+# Chunks of a weighted prompt: 300 tokens of CLIP.
+MAX_CHUNKS = ENCODER_ROWS // PROMPTS
 # Elements of a tensor that TensorRT can count.
 _MAX_VOLUME = 2**31 - 1
 _DTYPES: Mapping[int, str] = {
@@ -142,12 +143,21 @@ def denoiser_sides(
     return found
 
 
+def encoder_batch(manifest: ModelManifest) -> int:
+    """Return how many rows of token ids a text encoder's call holds, as a plan or as a graph.
+
+    A request's prompts come at once, weighted ones in chunks; two requests share a call where
+    there is room.
+    """
+    chunks = 1 if manifest.facts.flow else MAX_CHUNKS
+    return max(2 * manifest.max_batch, PROMPTS * chunks)
+
+
 def encoder_sides(
     encoder: TextEncoder, manifest: ModelManifest, limits: EngineLimits
 ) -> dict[str, Sides]:
     """Return the sides of a text encoder's axes: its prompts' length is fixed."""
-    chunks = 1 if manifest.facts.flow else limits.max_chunks
-    batch = max(2 * manifest.max_batch, PROMPTS * chunks)
+    batch = encoder_batch(manifest)
     rank = None if encoder.lora is None else encoder.lora.max_rank
     return {"prompts": {"batch": Side.up_to(batch, PROMPTS), **_lora_sides(rank, limits)}}
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from closeup.cuda_device import Buffer
 from closeup.engines import Array, EngineOptions
+from closeup.errors import ModelError
 from closeup.plan_buckets import PlanParts
 from closeup.plan_engine import PlanEngine
 from closeup.plans import (
@@ -40,20 +41,33 @@ class FakeDevice:
 
     Attributes:
         uploads: bytes of each copy from the host.
+        unfinished: copies that were queued since the last `synchronize`.
         copies: bytes of each copy within the device.
         blocks: address -> memory that is allocated.
         graphs: recorded and not dropped.
+        profiles: of each run, in order.
+        free_bytes: what can still be allocated.
+        can_capture: False: TensorRT complains within a capture, which gives no graph.
+        shape_tensor: name of an input whose values are shapes.
+        can_run: False: TensorRT refuses to run.
+        messages: TensorRT's log.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.stream = 77
         self.uploads: list[int] = []
+        self.unfinished = 0
         self.copies: list[int] = []
         self.blocks: dict[int, bytearray] = {}
         self.graphs: dict[int, Callable[[], bool]] = {}
         self.launches = 0
         self.can_capture = True
+        self.can_run = True
+        self.shape_tensor = ""
+        self.messages = Messages()
+        self.profiles: list[int] = []
+        self.free_bytes = 1 << 40
         self.recording: list[Callable[[], bool]] | None = None
         self._numbers = itertools.count(1)
 
@@ -61,6 +75,8 @@ class FakeDevice:
         pass
 
     def allocate(self, size_bytes: int) -> int:
+        if sum(map(len, self.blocks.values())) + size_bytes > self.free_bytes:
+            raise ModelError("CUDA: cudaMalloc failed with error 2, out of memory.")
         address = next(self._numbers) << 32
         self.blocks[address] = bytearray(b"\xaa" * size_bytes)  # never zeros, as on a GPU
         return address
@@ -70,6 +86,7 @@ class FakeDevice:
 
     def upload(self, address: int, array: Array) -> None:
         self.uploads.append(array.nbytes)
+        self.unfinished += 1
         self.memory(address, array.nbytes)[:] = array.tobytes()
 
     def download(self, array: Array, address: int) -> None:
@@ -80,7 +97,7 @@ class FakeDevice:
         self.memory(target, size_bytes)[:] = bytes(self.memory(source, size_bytes))
 
     def synchronize(self) -> None:
-        pass
+        self.unfinished = 0
 
     def capture(self, enqueue: Callable[[], bool]) -> int | None:
         self.recording = []
@@ -153,6 +170,7 @@ class FakeContext:
         def work() -> bool:
             self._device.memory(address, size)  # the workspace is still there
             assert size >= WORKSPACE_BYTES[self._profile]
+            self._device.profiles.append(self._profile)
             tensors = {
                 name: self._device.array(addresses[name], shapes[name], dtype)
                 for name, dtype in (("x", "f4"), ("bank", "f4"), ("row", "i8"))
@@ -163,8 +181,13 @@ class FakeContext:
             return True
 
         if self._device.recording is not None:
+            if not self._device.can_capture:
+                self._device.messages.add("ERROR", "operation not permitted when capturing")
             self._device.recording.append(work)
             return True
+        if not self._device.can_run:
+            self._device.messages.add("ERROR", "a kernel is missing")
+            return False
         return work()
 
 
@@ -175,6 +198,15 @@ class FakeEngine:
 
     def __init__(self, device: FakeDevice) -> None:
         self._device = device
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "output" if name in ("y", "twice") else "input"
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return SimpleNamespace(name="INT64" if name == "row" else "FLOAT")
+
+    def is_shape_inference_io(self, name: str) -> bool:
+        return name == self._device.shape_tensor
 
     def get_tensor_name(self, index: int) -> str:
         return ("x", "bank", "row", "y", "twice")[index]
@@ -200,8 +232,11 @@ def fake_module(device: FakeDevice, messages: Messages) -> Any:
                 return None
             return FakeEngine(device)
 
-    strategies = SimpleNamespace(USER_MANAGED="user managed")
-    return SimpleNamespace(Runtime=Runtime, ExecutionContextAllocationStrategy=strategies)
+    return SimpleNamespace(
+        Runtime=Runtime,
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
+        TensorIOMode=SimpleNamespace(INPUT="input", OUTPUT="output"),
+    )
 
 
 def toy_record() -> PlanRecord:
@@ -256,6 +291,17 @@ def write_plan(folder: Path, content: bytes = CONTENT) -> Path:
     return path
 
 
+def plan_parts(device: FakeDevice, workspace: Buffer | None = None) -> PlanParts:
+    """What a plan finds around it, on a fake device."""
+    return PlanParts(
+        trt=fake_module(device, device.messages),
+        device=device,
+        workspace=workspace or Buffer(device),
+        messages=device.messages,
+        logger=None,
+    )
+
+
 def open_toy(
     path: Path,
     device: FakeDevice,
@@ -264,12 +310,5 @@ def open_toy(
     workspace: Buffer | None = None,
 ) -> PlanEngine:
     """Open the toy plan on a fake device."""
-    messages = Messages()
-    parts = PlanParts(
-        trt=fake_module(device, messages),
-        device=device,
-        workspace=workspace or Buffer(device),
-        messages=messages,
-        logger=None,
-    )
+    parts = plan_parts(device, workspace)
     return PlanEngine(path, EngineOptions(cuda_graphs=cuda_graphs), parts=parts)

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -18,7 +19,7 @@ from closeup import tensorrt_package
 from closeup.cache_files import merge_file, read_file, replace_file, try_lock_file
 from closeup.errors import ExportError, ModelError
 from closeup.plans import Flavour, PlanTensor
-from closeup.tensorrt_package import Gpu, explain, import_tensorrt
+from closeup.tensorrt_package import Gpu, Messages, explain, import_tensorrt, make_logger
 from export import builder
 from export.builder import (
     BuildJob,
@@ -70,7 +71,9 @@ def toolchain(fake: FakeTensorrt, tmp_path: Path) -> Toolchain:
 
 def test_toolchain_is_the_gpus_own(toolchain: Toolchain, tmp_path: Path) -> None:
     assert (toolchain.version, toolchain.sms, toolchain.gpu) == ("11.4.0.106", ("8.9",), GPU.name)
-    assert toolchain.timing_cache == tmp_path / "cache" / "timing-11.4.0.106-sm8.9.cache"
+    assert (
+        toolchain.timing_cache == tmp_path / "cache" / "timing-11.4.0.106-sm8.9-NVIDIA-L40S.cache"
+    )
 
 
 @pytest.mark.parametrize(("has_flag", "flags"), [(True, 2), (False, 0)])
@@ -317,3 +320,15 @@ def test_extras_and_constraints_name_the_packages() -> None:
         assert f'\n{flavour.value} = ["{package}>=' in project
     for package in ("tensorrt_rtx_cu13", "tensorrt_rtx_cu13_bindings", "tensorrt_rtx_cu13_libs"):
         assert f"\n{package}==" in constraints
+
+
+@pytest.mark.parametrize("severity", ["INFO", "VERBOSE"])
+def test_log_lines_that_nobody_reads_are_dropped_at_once(severity: str) -> None:
+    class Refusing(Messages):
+        def add(self, severity: str, text: str) -> None:
+            raise AssertionError(severity)
+
+    logger = make_logger(SimpleNamespace(ILogger=object), Refusing())
+    logger.log(SimpleNamespace(name=severity), "a line")
+    with pytest.raises(AssertionError, match="WARNING"):
+        logger.log(SimpleNamespace(name="WARNING"), "a line")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,19 +14,22 @@ from closeup import cuda_device
 from closeup.cuda_device import CudaDevice
 from closeup.errors import ModelError
 from closeup.tensorrt_package import find_gpu
+from tests.fake_pb_utils import imported, make_module
 
 # What the plans' code asks of TensorRT's objects.
 TENSORRT_NAMES = {
     "Runtime": ("deserialize_cuda_engine",),
     "ICudaEngine": (
         "create_execution_context", "get_device_memory_size_for_profile_v2", "get_tensor_name",
-        "num_io_tensors",
+        "num_io_tensors", "get_tensor_dtype", "get_tensor_mode", "is_shape_inference_io",
     ),
     "IExecutionContext": (
         "execute_async_v3", "get_tensor_shape", "set_device_memory", "set_input_shape",
         "set_optimization_profile_async", "set_tensor_address",
     ),
     "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
+    "TensorIOMode": ("INPUT", "OUTPUT"),
+    "DataType": ("FLOAT", "HALF", "BF16", "INT64"),
 }  # fmt: skip
 
 
@@ -101,7 +106,15 @@ def test_capture_gives_none_and_leaves_the_stream_usable_when_it_fails(
 
     with pytest.raises(RuntimeError, match="TensorRT threw"):
         device.capture(fail)
-    assert runtime.calls[-1] == "cudaStreamEndCapture"
+    assert runtime.calls[-2:] == ["cudaStreamEndCapture", "cudaGetLastError"]
+
+
+def test_capture_gives_none_when_there_is_no_memory_for_the_graph(runtime: FakeRuntime) -> None:
+    device = CudaDevice()
+    runtime.errors["cudaGraphInstantiate"] = 2
+    assert device.capture(lambda: True) is None
+    # The graph is gone, and the error with it: TensorRT would take it for one of its own.
+    assert runtime.calls[-3:] == ["cudaGraphInstantiate", "cudaGetLastError", "cudaGraphDestroy"]
 
 
 def test_errors_name_the_function_and_the_reason(runtime: FakeRuntime) -> None:
@@ -110,6 +123,42 @@ def test_errors_name_the_function_and_the_reason(runtime: FakeRuntime) -> None:
     with pytest.raises(ModelError) as caught:
         device.allocate(1 << 40)
     assert str(caught.value) == "CUDA: cudaMalloc failed with error 2, out of memory."
+
+
+@pytest.mark.parametrize(("error", "is_lost"), [(700, True), (719, True), (214, True), (2, False)])
+def test_gpu_is_lost_after_an_error_that_stays_and_its_models_are_not_ready(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch, error: int, is_lost: bool
+) -> None:
+    monkeypatch.setattr(cuda_device, "_devices", {})
+    device = cuda_device.open_device(0)
+    with imported("closeup.denoiser_model", make_module()) as model:
+        assert model.TritonPythonModel().is_ready()
+        runtime.errors["cudaStreamSynchronize"] = error
+        with pytest.raises(ModelError, match=f"failed with error {error}"):
+            device.synchronize()
+        del runtime.errors["cudaStreamSynchronize"]
+        assert model.TritonPythonModel().is_ready() is not is_lost
+    assert bool(device.lost) is is_lost
+
+
+def test_one_device_and_one_workspace_are_opened_by_threads_at_once(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_device, "_devices", {})
+    monkeypatch.setattr(cuda_device, "_workspaces", {})
+    make = cuda_device.CudaDevice
+
+    def make_slowly(device_id: int) -> CudaDevice:
+        time.sleep(0.05)  # long enough for every thread to find none
+        return make(device_id)
+
+    monkeypatch.setattr(cuda_device, "CudaDevice", make_slowly)
+    with ThreadPoolExecutor(4) as pool:
+        workspaces = list(pool.map(cuda_device.shared_workspace, [0] * 4))
+        devices = list(pool.map(cuda_device.open_device, [0] * 4))
+    assert len(set(map(id, workspaces))) == len(set(map(id, devices))) == 1
+    assert cuda_device.shared_workspace(1) is not workspaces[0]
+    assert runtime.calls.count("cudaStreamCreateWithFlags") == 2
 
 
 def test_free_waits_for_what_is_queued(runtime: FakeRuntime) -> None:
@@ -133,7 +182,7 @@ def test_real_runtime_has_every_function_and_refuses_in_one_sentence_without_a_g
         "cudaSetDevice", "cudaMalloc", "cudaFree", "cudaMemcpyAsync", "cudaStreamCreateWithFlags",
         "cudaStreamNonBlocking", "cudaStreamSynchronize", "cudaStreamBeginCapture",
         "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphDestroy", "cudaGraphLaunch",
-        "cudaGraphExecDestroy", "cudaGetErrorString",
+        "cudaGraphExecDestroy", "cudaGetErrorString", "cudaGetLastError",
     )  # fmt: skip
     assert [name for name in names if not hasattr(real, name)] == []
     assert real.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal is not None

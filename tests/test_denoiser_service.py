@@ -21,7 +21,7 @@ import closeup.lora_encoders
 import closeup.lora_store
 from closeup.denoiser import Denoiser
 from closeup.denoiser_metrics import METRICS, metric_values
-from closeup.engines import TensorSpec, check_feeds
+from closeup.engines import EngineOptions, TensorSpec, check_feeds
 from closeup.errors import ModelError, RequestError, UnavailableError
 from closeup.lora_encoders import LoraEncoders
 from closeup.lora_read import read_lora
@@ -523,6 +523,27 @@ def test_triton_metrics_follow_the_values_when_some_change(
     metrics.publish()
     assert sorted(_Family.changes) == ["closeup_lora_rows_in_use", "closeup_slots_in_use"]
     assert _Family.values == metric_values(denoiser)
+
+
+def test_every_engine_runs_on_the_gpu_of_the_instance(
+    open_denoiser: Open, toy_encoder: ToyEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_denoiser(_manifest())  # writes the manifest
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "plain.onnx").touch()
+    devices: list[int] = []
+
+    def open_one(path: Path, options: EngineOptions) -> Any:
+        devices.append(options.device_id)
+        if path.stem == "text_encoder":
+            return toy_encoder
+        return ToyDenoiser((), with_lora=path.stem == "model")
+
+    monkeypatch.setattr(closeup.denoiser, "open_engine", open_one)
+    monkeypatch.setattr(closeup.lora_encoders, "open_engine", open_one)
+    settings = Settings(lora_dir=tmp_path / "loras")
+    Denoiser(tmp_path, settings=settings, device_id=3).close()
+    assert devices == [3, 3, 3]  # with LoRAs, without, and the text encoder
 
 
 def test_close_answers_prompts_that_still_wait(

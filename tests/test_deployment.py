@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+import threading
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from closeup.server_options import check_options
 from closeup.server_options import parse_arguments as parse_server
@@ -109,6 +114,11 @@ def test_server_is_confined_and_watched(services: dict[str, dict[str, Any]], nam
     assert service["user"] == "1000:1000"
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
+    # The embedded server executes what it copies to /tmp; without the word tmpfs is noexec.
+    (temporary,) = service["tmpfs"]
+    path, _, options = temporary.partition(":")
+    assert path == "/tmp"
+    assert {"exec", "mode=1777"} <= set(options.split(","))
     assert all(interpolate(volume).endswith(":ro") for volume in service["volumes"])
     assert service["restart"] == "unless-stopped"
     assert service["shm_size"] == "2gb"
@@ -116,6 +126,43 @@ def test_server_is_confined_and_watched(services: dict[str, dict[str, Any]], nam
     compile(service["healthcheck"]["test"][-1], "healthcheck", "exec")
     (needed,) = service["depends_on"].values()
     assert needed == {"condition": "service_completed_successfully"}
+
+
+@pytest.mark.parametrize(
+    ("refused", "code"), [("", 0), ("/v2/models/demo_denoiser/ready", 1), ("/v2/health/ready", 1)]
+)
+def test_health_check_fails_when_the_server_or_a_denoiser_is_not_ready(
+    services: dict[str, dict[str, Any]], refused: str, code: int
+) -> None:
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            asked.append(self.path)
+            self.send_response(400 if self.path == refused else 200)
+            self.end_headers()
+
+        def do_POST(self) -> None:  # noqa: N802
+            index = [{"name": "generate"}, {"name": "demo_denoiser"}]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(index).encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    text = services["triton"]["healthcheck"]["test"][-1]
+    done = subprocess.run(
+        [sys.executable, "-c", text.replace(":8000/", f":{server.server_port}/")],
+        env={"http_proxy": "http://127.0.0.1:9"}, capture_output=True, check=False,
+    )  # fmt: skip
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == code
+    expected = ["/v2/health/ready", "/v2/models/demo_denoiser/ready"]
+    assert asked == (expected[:1] if refused == expected[0] else expected)
 
 
 @pytest.mark.parametrize("name", ONE_SHOTS)
@@ -170,6 +217,52 @@ def test_entry_point_of_the_slim_image_is_one_that_the_server_takes(tmp_path: Pa
     assert callable(check_options)
 
 
+@pytest.mark.parametrize(
+    ("library", "code", "told"),
+    [(None, 0, ""), ("11.1.0.106", 0, ""), ("11.2.1.2", 1, "TensorRT 11.2.1.2")],
+)
+def test_build_of_the_image_stops_when_tensorrt_is_of_another_version_and_only_then(
+    tmp_path: Path, library: str | None, code: int, told: str
+) -> None:
+    """The check in the Dockerfile, as it stands there, beside a package ``tensorrt`` 11.1."""
+    found = re.findall(r'^ +&& python3 -c "(.+)"$', DOCKERFILES[0].read_text(), re.MULTILINE)
+    assert len(found) == 1
+    assert "version_problem" in found[0]
+    (tmp_path / "tensorrt.py").write_text('__version__ = "11.1.0.106"\n')
+    # The library that the image would have is put in place of this machine's.
+    text = f"from closeup import nvinfer; nvinfer.library_version = lambda: {library!r}; {found[0]}"
+    done = subprocess.run(
+        [sys.executable, "-c", text],
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert told in done.stderr
+    assert bool(done.stderr) == bool(told)
+
+
+@pytest.mark.parametrize("published", ["10.14.1.48", "10.14.1.48.post1"])
+def test_image_takes_the_package_of_its_tensorrt_when_it_was_published_again(
+    published: str,
+) -> None:
+    wanted = re.findall(r'"(tensorrt-cu13[\w-]*==\$version\S*)"', DOCKERFILES[0].read_text())
+    assert len(wanted) == 2
+    for text in wanted:
+        requirement = Requirement(text.replace("$version", "10.14.1.48"))
+        assert requirement.specifier.contains(published)
+        assert not requirement.specifier.contains("10.14.1.49")
+
+
+def test_stages_of_nvidias_image_keep_its_entry_point_and_name_scripts_that_exist() -> None:
+    text = DOCKERFILES[0].read_text()
+    entries = [json.loads(one) for one in re.findall(r"^ENTRYPOINT (.+)$", text, re.MULTILINE)]
+    assert [entry[0] for entry in entries] == ["/opt/nvidia/nvidia_entrypoint.sh"] * 2
+    assert "test -x /opt/nvidia/nvidia_entrypoint.sh" in text  # the build stops where it is not
+    scripts = [Path(entry[1]) for entry in entries]
+    assert [path.name for path in scripts] == list(SCRIPTS)
+    for path in scripts:
+        assert (ROOT / path.relative_to("/opt/closeup")).is_file()
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_is_executable_and_parses(name: str) -> None:
     path = ROOT / "deploy" / name
@@ -178,7 +271,7 @@ def test_script_is_executable_and_parses(name: str) -> None:
 
 
 def run_script(
-    name: str, tmp_path: Path, *arguments: str
+    name: str, tmp_path: Path, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """Run a script with programs that note how they were called."""
     programs = tmp_path / "bin"
@@ -189,12 +282,13 @@ def run_script(
     text = (ROOT / "deploy" / name).read_text().replace("/opt/closeup/", f"{ROOT}/")
     script = tmp_path / name
     script.write_text(text)
-    environment = {
+    variables = {
         "PATH": f"{programs}:/usr/bin:/bin",
         "CLOSEUP_REPOSITORY": str(tmp_path / "models"),
+        **(environment or {}),
     }
     done = subprocess.run(
-        ["bash", script, *arguments], env=environment, capture_output=True, text=True, check=False
+        ["bash", script, *arguments], env=variables, capture_output=True, text=True, check=False
     )
     return done, (tmp_path / "calls").read_text().splitlines()
 
@@ -206,6 +300,26 @@ def test_export_script_lays_out_the_python_models_and_may_run_again(tmp_path: Pa
     for model in ("generate", "generate_stream"):
         assert (tmp_path / "models" / model / "config.pbtxt").is_file()
         assert (tmp_path / "models" / model / "1" / "model.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, 30), ({"CLOSEUP_EXIT_TIMEOUT_S": "600"}, 600)]
+)
+def test_both_servers_give_running_requests_the_time_that_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: int
+) -> None:
+    monkeypatch.delenv("CLOSEUP_EXIT_TIMEOUT_S", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    _, calls = run_script("serve.sh", tmp_path, environment=given)
+    assert f"--exit-timeout-secs={expected} " in calls[1]
+    assert parse_server([]).exit_timeout_s == expected
+
+
+def test_grace_period_is_longer_than_any_request(services: dict[str, dict[str, Any]]) -> None:
+    for name in SERVERS:
+        limit_s = interpolate(services[name]["environment"]["CLOSEUP_REQUEST_TIMEOUT_S"])
+        assert int(services[name]["stop_grace_period"].removesuffix("s")) > int(limit_s)
 
 
 def test_serve_script_checks_before_it_serves_and_stops_when_the_check_fails(

@@ -211,7 +211,9 @@ def test_configs_are_for_tritons_tensorrt_backend_and_agree_with_the_plans(
     assert (config.name, config.backend, config.max_batch_size) == (model, "tensorrt", batch)
     assert config.default_model_filename == "model.plan"
     assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
+    assert list(config.instance_group[0].gpus) == [0]
     assert list(config.instance_group[0].profile) == []  # one profile, the default
+    assert not config.parameters
     assert config.HasField("dynamic_batching")
     largest = record.profiles[0].shapes[record.inputs[0].name].max
     assert largest[0] == batch  # a batch that Triton makes is one that the plan takes
@@ -228,7 +230,10 @@ def test_denoiser_runs_on_the_gpu_and_the_manifest_says_what_its_plans_take(
 ) -> None:
     config = read_config(exported, "sd_denoiser")
     assert (config.backend, config.max_batch_size) == ("python", 0)
-    assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
+    (group,) = config.instance_group
+    # One process whatever GPUs there are: it alone knows the tickets that it gave.
+    assert (group.kind, list(group.gpus)) == (pb.ModelInstanceGroup.KIND_GPU, [0])
+    assert group.count == 1
     limits = exported.manifest.limits
     assert limits is not None
     assert (limits.lora_rows, limits.max_chunks) == (LORA_ROWS, 4)
@@ -313,6 +318,8 @@ def test_other_sizes_build_plans_from_the_graphs_that_are_there(
     assert {str(size) for size in copy.manifest.limits.sizes} == {"64x64", "96x128"}  # type: ignore[union-attr]
     config = read_config(copy, "sd_vae_decoder")
     assert list(config.instance_group[0].profile) == ["0", "1"]
+    strategy = config.parameters["execution_context_allocation_strategy"].string_value
+    assert strategy == "ON_PROFILE_CHANGE"
     for model in MODELS:
         assert verify_plan(copy.plan(model), runtime_facts()).model == model
     assert export_main(with_sizes(copy, "64x64,96x128")) == 0

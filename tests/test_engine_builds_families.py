@@ -194,3 +194,5 @@ def test_served_t5_has_the_batch_and_the_length_of_its_plan(flux: EngineExport) 
     text = (flux.repository / "flux_vae_decoder" / "config.pbtxt").read_text(encoding="utf-8")
     config = text_format.Parse(text, pb.ModelConfig())
     assert list(config.instance_group[0].profile) == ["0", "1"]
+    strategy = config.parameters["execution_context_allocation_strategy"].string_value
+    assert strategy == "ON_PROFILE_CHANGE"

@@ -12,6 +12,7 @@ import pytest
 from closeup.conditioning import encode_prompts
 from closeup.manifest import EngineLimits, SizeRange, Tokenizer
 from closeup.run import Run
+from export.profiles import encoder_batch
 from tests.manifests import make_manifest
 from tests.pictures import png
 from tests.test_request import refused, resolve
@@ -77,14 +78,17 @@ class RecordingEncoder:
 
     def __init__(self) -> None:
         self.ids: Any = None
+        self.rows: list[int] = []
 
     async def infer(
         self, name: str, inputs: Mapping[str, Any], outputs: Sequence[str]
     ) -> dict[str, Any]:
         if "ticket" in outputs:
             return {"ticket": np.array([1]), "warnings": np.array([b"[]"], np.object_)}
-        self.ids = inputs["input_ids"]
-        return {"context": np.repeat(self.ids[..., None], 3, 2).astype(np.float32)}
+        ids = inputs["input_ids"]
+        self.rows.append(len(ids))
+        self.ids = ids if self.ids is None else np.concatenate([self.ids, ids])
+        return {"context": np.repeat(ids[..., None], 3, 2).astype(np.float32)}
 
 
 @pytest.mark.parametrize(("limits", "chunks"), [(LIMITS, 2), (None, 4)])
@@ -104,5 +108,26 @@ def test_weighted_prompts_are_cut_to_the_engines_chunks_with_a_warning(
     assert found.prompt.context.shape == (8 * chunks, 3)
     # The first chunks are whole: begin, six letters, end.
     assert engine.ids[chunks].tolist() == [90, 0, 1, 2, 3, 4, 5, 91]
+    assert engine.rows == [2 * chunks]
     warned = [text for text in run.warnings if "longer than 2 chunks of 6 tokens" in text]
     assert len(warned) == (1 if limits else 0)
+
+
+def test_weighted_prompts_come_in_calls_that_the_served_encoder_takes_when_nothing_cuts_them() -> (
+    None
+):
+    facts = Tokenizer(path="", max_tokens=8, bos_token_id=90, eos_token_id=91, pad_token_id=92)
+    manifest = make_manifest()
+    encoder = type(manifest.encoders[0])(name="text_encoder", tokenizer=facts)
+    models = {"toy": make_manifest(encoders=(encoder,), lora=None, max_batch=1)}
+    request = resolve(models=models, prompt="abcdefghij" * 5, use_lpw=True, w=512, h=512)
+    engine = RecordingEncoder()
+    run = Run(request=request, models=engine, check=lambda: None, report=lambda event: None)
+    tokenizer: Any = LetterTokenizer()
+    found = asyncio.run(encode_prompts(run, [tokenizer]))
+    assert engine.rows == [12, 6]  # two prompts of nine chunks
+    assert max(engine.rows) <= encoder_batch(models["toy"])
+    letters = [ord(letter) - ord("a") for letter in "abcdefghij" * 5]
+    # Each chunk is begin, six letters, end; the last has two.
+    got = found.prompt.context[:, 0].reshape(9, 8)[:, 1:7].ravel()[:50].tolist()
+    assert got == letters

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
+from closeup import onnx_engine
 from closeup.engines import Array, EngineOptions, TensorSpec, count_threads, open_engine
 from closeup.errors import ModelError
+from closeup.tensorrt_package import Gpu
 from tests.triton_fixtures import save_double, save_lookup
 
 
@@ -149,3 +152,41 @@ def test_count_threads_raises_when_the_environment_is_no_count(
     monkeypatch.setenv("CLOSEUP_THREADS", text)
     with pytest.raises(ModelError, match="CLOSEUP_THREADS is"):
         count_threads()
+
+
+@pytest.mark.parametrize(
+    ("providers", "has_gpu", "told"),
+    [
+        (["CUDAExecutionProvider", "CPUExecutionProvider"], False, "does not find a GPU or its"),
+        (["CPUExecutionProvider"], True, "this onnxruntime has no CUDA"),
+        (["CPUExecutionProvider"], False, ""),
+    ],
+)
+def test_graph_on_the_cpu_is_told_of_when_cuda_was_to_be_had(
+    double_path: Path, providers: list[str], has_gpu: bool, told: str,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    import onnxruntime as ort
+
+    calls: list[str] = []
+    gpu = Gpu(name="a GPU", sm="9.0") if has_gpu else None
+    make = ort.InferenceSession
+
+    def make_session(path: str, **options: Any) -> Any:
+        calls.append("session")
+        return make(path, sess_options=options["sess_options"], providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(ort, "preload_dlls", lambda: calls.append("preload"), raising=False)
+    monkeypatch.setattr(ort, "InferenceSession", make_session)
+    monkeypatch.setattr(onnx_engine, "find_gpu", lambda device_id: gpu)
+    monkeypatch.setenv("CLOSEUP_DEVICE", "auto")
+    open_engine(double_path).close()
+    # pip's CUDA libraries are found only when they are loaded before the session is made.
+    assert calls == (["preload", "session"] if len(providers) == 2 else ["session"])
+    assert told in caplog.text
+    assert bool(caplog.records) == bool(told)
+    monkeypatch.setenv("CLOSEUP_DEVICE", "cpu")
+    caplog.clear()
+    open_engine(double_path).close()
+    assert not caplog.records

@@ -125,6 +125,21 @@ def test_config_text_survives_protobuf_when_a_name_needs_quoting() -> None:
     parsed = text_format.Parse(config_text(config), model_config_pb2.ModelConfig())
     assert parsed.name == 'a"b\\c'
     assert parsed.parameters["k"].string_value == "v\n"
+    assert list(parsed.instance_group[0].gpus) == []
+
+
+def test_config_text_names_the_gpus_when_there_are_some() -> None:
+    config = TritonConfig(
+        name="a",
+        backend="tensorrt",
+        inputs=(),
+        outputs=(),
+        kind="KIND_GPU",
+        gpus=(0, 2),
+        profiles=2,
+    )
+    (group,) = text_format.Parse(config_text(config), model_config_pb2.ModelConfig()).instance_group
+    assert (list(group.gpus), list(group.profile), group.count) == ([0, 2], ["0", "1"], 1)
 
 
 def test_export_stores_evidence_in_the_manifest(exported: Exported) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from closeup import plan_buckets
 from closeup.array_content import declare_versions, find_pieces
 from closeup.cuda_device import Buffer
 from closeup.engines import Array, count_cuda_graphs, open_engine
 from closeup.errors import ModelError
-from closeup.plan_engine import PlanEngine, describe_plan
+from closeup.plan_engine import PlanEngine, describe_plan, warn_of_other_gpu
 from closeup.plans import PlanTensor, ShapeRange, record_json, record_path
 from tests.fake_tensorrt import WORKSPACE_BYTES, FakeDevice, open_toy, toy_record, write_plan
 
@@ -67,8 +68,9 @@ def test_run_takes_no_new_memory_when_shapes_repeat(engine: PlanEngine, device: 
 
 
 def test_contexts_are_bounded_and_the_least_recent_goes_when_shapes_vary(
-    engine: PlanEngine, device: FakeDevice
+    engine: PlanEngine, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plan_buckets, "CONTEXTS", 2)
     for rows in (3, 2, 3, 2):  # the largest first, so that no address changes
         engine.run(make_feeds(rows=rows))
     assert engine.counters.contexts_made == 2
@@ -82,6 +84,51 @@ def test_contexts_are_bounded_and_the_least_recent_goes_when_shapes_vary(
     feeds = make_feeds(rows=3)
     np.testing.assert_array_equal(engine.run(feeds)["y"], expected(feeds))
     assert engine.counters.contexts_made == 4
+
+
+@pytest.mark.parametrize("graphs", [0, 2])
+def test_no_context_is_made_again_when_there_are_more_shapes_than_graphs(
+    tmp_path: Path, device: FakeDevice, graphs: int
+) -> None:
+    engine = open_toy(write_plan(tmp_path), device, cuda_graphs=graphs)
+    for _ in range(4):
+        for rows in (5, 4, 3, 1):
+            feeds = make_feeds(rows=rows)
+            np.testing.assert_array_equal(engine.run(feeds)["y"], expected(feeds))
+    assert engine.counters.contexts_made == 4
+    assert len(device.graphs) == graphs
+    assert engine.counters.graph_launches == graphs * 3  # the first graphs stay while they serve
+
+
+def test_graph_goes_to_other_shapes_when_it_was_idle_for_long(
+    engine: PlanEngine, device: FakeDevice
+) -> None:
+    for rows in (5, 4, 5, 4):  # both graphs
+        engine.run(make_feeds(rows=rows))
+    first = set(device.graphs)
+    for _ in range(plan_buckets.IDLE_CALLS - 1):  # with the call in between
+        engine.run(make_feeds(rows=1))
+    assert set(device.graphs) == first
+    engine.run(make_feeds(rows=1))
+    assert len(set(device.graphs) & first) == 1
+    assert len(device.graphs) == 2
+    feeds = make_feeds(rows=5)
+    np.testing.assert_array_equal(engine.run(feeds)["y"], expected(feeds))
+
+
+def test_nothing_is_captured_before_a_run_has_succeeded(
+    engine: PlanEngine, device: FakeDevice
+) -> None:
+    device.can_run = False
+    for _ in range(2):
+        with pytest.raises(ModelError, match="a run in TensorRT failed: a kernel is missing"):
+            engine.run(make_feeds())
+    assert device.graphs == {}
+    assert device.unfinished == 0  # nothing still reads the arrays of a call that failed
+    device.can_run = True
+    for launches in (0, 1, 2):
+        engine.run(make_feeds())
+        assert engine.counters.graph_launches == launches
 
 
 def test_graph_is_captured_again_when_a_buffer_grows(
@@ -108,13 +155,51 @@ def test_run_goes_without_a_graph_when_none_is_wanted_or_none_can_be(
     assert engine.counters.contexts_made == 1
 
 
+def test_failure_has_its_own_reason_when_a_capture_had_failed_before(
+    engine: PlanEngine, device: FakeDevice
+) -> None:
+    device.can_capture = False
+    for _ in range(3):
+        engine.run(make_feeds())
+    device.can_run = False
+    with pytest.raises(ModelError, match="a run in TensorRT failed: a kernel is missing"):
+        engine.run(make_feeds())
+    device.can_run = True
+    np.testing.assert_array_equal(engine.run(make_feeds())["y"], expected(make_feeds()))
+
+
 def test_narrowest_profile_is_taken_when_several_fit(tmp_path: Path, device: FakeDevice) -> None:
+    engine = open_toy(write_plan(tmp_path), device)
+    engine.run(make_feeds(rows=2, width=4))
+    engine.run(make_feeds(rows=2, width=3))
+    assert device.profiles == [0, 1]
+
+
+def test_workspace_of_the_hungriest_profile_is_taken_when_the_plan_is_opened(
+    tmp_path: Path, device: FakeDevice
+) -> None:
     workspace = Buffer(device)
     engine = open_toy(write_plan(tmp_path), device, workspace=workspace)
-    engine.run(make_feeds(rows=2, width=4))
-    assert workspace.size_bytes == WORKSPACE_BYTES[0]
-    engine.run(make_feeds(rows=2, width=3))
-    assert workspace.size_bytes == WORKSPACE_BYTES[1]
+    before = (workspace.address, workspace.size_bytes)
+    assert before[1] == max(WORKSPACE_BYTES)
+    for width in (4, 3, 4):  # the narrow profile needs all of it, the wide one less
+        engine.run(make_feeds(width=width))
+    assert (workspace.address, workspace.size_bytes) == before
+
+
+def test_opening_names_the_options_when_the_gpu_has_not_the_memory(
+    tmp_path: Path, device: FakeDevice
+) -> None:
+    device.free_bytes = max(WORKSPACE_BYTES) - 1
+    path = write_plan(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        open_toy(path, device)
+    assert str(caught.value) == (
+        f"{path} needs 1 MB of the GPU for the largest call that it takes, beside what is there: "
+        "CUDA: cudaMalloc failed with error 2, out of memory. Lower --max-batch or --sizes and "
+        "build it again: python -m export --target tensorrt --name toy"
+    )
+    assert device.blocks == {}
 
 
 def test_engines_share_one_workspace_when_they_are_of_one_process(
@@ -122,12 +207,13 @@ def test_engines_share_one_workspace_when_they_are_of_one_process(
 ) -> None:
     workspace = Buffer(device)
     one = open_toy(write_plan(tmp_path / "one"), device, workspace=workspace)
-    other = open_toy(write_plan(tmp_path / "other"), device, workspace=workspace)
     wide, narrow = make_feeds(width=4), make_feeds(width=3)
     one.run(wide)
     one.run(wide)
     before = workspace.address
-    other.run(narrow)  # needs the larger workspace: the address changes under the first's graph
+    # Another engine that needs more: the address changes under the first's graph.
+    workspace.reserve(2 * max(WORKSPACE_BYTES))
+    other = open_toy(write_plan(tmp_path / "other"), device, workspace=workspace)
     assert workspace.address != before
     np.testing.assert_array_equal(one.run(wide)["y"], expected(wide))
     np.testing.assert_array_equal(other.run(narrow)["y"], expected(narrow))
@@ -277,6 +363,27 @@ def test_open_explains_when_tensorrt_refuses_the_file(tmp_path: Path, device: Fa
         open_toy(path, device)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape_tensor", "wrong"),
+    [
+        ("x", "float16", "", "x"),
+        ("other", "float32", "", "other"),
+        ("x", "float32", "row", "row"),
+    ],
+)
+def test_open_refuses_a_plan_whose_tensors_are_not_the_records(
+    tmp_path: Path, device: FakeDevice, name: str, dtype: str, shape_tensor: str, wrong: str
+) -> None:
+    device.shape_tensor = shape_tensor
+    path = write_plan(tmp_path)
+    record = toy_record()
+    first = PlanTensor(name=name, dtype=dtype, axes=("B", "w"))
+    changed = dataclasses.replace(record, inputs=(first, *record.inputs[1:]))
+    record_path(path).write_text(record_json(changed), encoding="utf-8")
+    with pytest.raises(ModelError, match=f"the plan's tensor {wrong} is not what its record says"):
+        open_toy(path, device)
+
+
 def test_open_engine_says_one_sentence_when_tensorrt_is_not_here(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         open_engine(write_plan(tmp_path))
@@ -306,3 +413,21 @@ def test_count_cuda_graphs_refuses_what_is_no_number(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CLOSEUP_CUDA_GRAPHS", "many")
     with pytest.raises(ModelError, match="CLOSEUP_CUDA_GRAPHS is 'many'; expected an integer"):
         count_cuda_graphs()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "built_on", "is_told"),
+    [
+        ("NVIDIA L4", "NVIDIA L40S", True),
+        ("NVIDIA L4", "NVIDIA L4", False),
+        ("NVIDIA L4", "", False),
+    ],
+)
+def test_plan_of_another_gpu_is_told_of_when_it_runs_all_the_same(
+    gpu: str, built_on: str, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = dataclasses.replace(toy_record(), gpu=built_on)
+    warn_of_other_gpu(Path("model.plan"), record, gpu)
+    expected_text = "model.plan was built on NVIDIA L40S and runs on NVIDIA L4"
+    assert (expected_text in caplog.text) is is_told
+    assert bool(caplog.records) is is_told

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from closeup.conditioning import ENCODER_ROWS
 from closeup.errors import ExportError
 from closeup.families import FLUX, SD15, SDXL, Family
 from closeup.fields import ASPECT_RATIOS
@@ -27,6 +28,7 @@ from export.profiles import (
     MAX_CHUNKS,
     denoiser_sides,
     detector_sides,
+    encoder_batch,
     encoder_sides,
     limits_of,
     profile_of,
@@ -162,6 +164,9 @@ def test_encoders_take_the_prompts_of_a_request_at_once() -> None:
     sides = encoder_sides(manifest.encoders[0], manifest, limits_of(manifest, (SQUARE,), 4))
     assert sides["prompts"]["batch"] == Side(min=1, opt=3, max=3 * MAX_CHUNKS)
     assert "rank" not in sides["prompts"]
+    # What Triton may put into a call is what the plan takes, and weighted prompts fit in.
+    assert sides["prompts"]["batch"].max == encoder_batch(manifest) == ENCODER_ROWS
+    assert encoder_batch(make_manifest(max_batch=8)) == 16
     encoder = dataclasses.replace(manifest.encoders[0], lora=manifest.lora)
     sides = encoder_sides(encoder, manifest, limits_of(manifest, (SQUARE,), 4))
     assert sides["prompts"]["adapters"].max == 5

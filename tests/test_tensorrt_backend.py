@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -116,11 +117,38 @@ def test_runtime_facts_refuse_when_library_and_package_differ(
             preflight.runtime_facts(Flavour.TENSORRT)
 
 
+def test_preflight_refuses_plans_of_rtx_whether_its_package_is_there_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        preflight, "import_tensorrt", lambda flavour: SimpleNamespace(__version__="1")
+    )
+    for name in ("one", "two"):
+        plan = write_plan(tmp_path / name)
+        record = dataclasses.replace(read_record(plan), flavour=Flavour.RTX)
+        record_path(plan).write_text(record_json(record), encoding="utf-8")
+        plan.parent.rename(tmp_path / name / "1")
+    (problem,) = preflight.find_problems(tmp_path)
+    assert problem.startswith("NVIDIA's tritonserver cannot serve plans of TensorRT-RTX")
+    assert "--target tensorrt" in problem
+
+
 def test_version_problem_is_told_only_when_versions_differ() -> None:
     assert nvinfer.version_problem("11.1.0.106", "11.1.0.106") == ""
     assert nvinfer.version_problem(None, "11.1.0.106") == ""
     text = nvinfer.version_problem("11.1.0.106", "11.1.0.99")
-    assert text.endswith("tensorrt-cu13-bindings==11.1.0.106.")
+    assert text.endswith("tensorrt-cu13-bindings==11.1.0.106.* in quotes.")
+    assert nvinfer.version_problem("10.14.1.48", "10.14.1.48.post1") == ""
+    assert nvinfer.version_problem("10.14.1.4", "10.14.1.48.post1") != ""
+
+
+@pytest.mark.parametrize("version", ["11.1.0.106.post1", "11.1.0.106"])
+def test_preflight_passes_when_only_the_upload_of_the_package_differs(
+    tmp_path: Path, version: str
+) -> None:
+    write_plan(tmp_path)
+    facts = dataclasses.replace(HERE, version=version)
+    assert preflight.find_problems(tmp_path, lambda flavour: facts) == []
 
 
 def test_library_version_is_read_from_the_library_and_none_without(

@@ -204,7 +204,7 @@ def describe(device: str) -> dict[str, str]:
     facts = {"GPU": "none"}
     gpus = find_gpus() if device == "cuda" else ()
     if gpus:
-        facts = {"GPU": gpus[0].name, "architecture": gpus[0].sm}
+        facts = {"GPU": gpus[0].name, "compute capability": gpus[0].sm}
     facts["ONNX Runtime"] = describe_onnxruntime()
     return facts | describe_machine()
 

@@ -22,11 +22,12 @@ import numpy as np
 
 from closeup.cuda_device import Buffer, open_device, shared_workspace
 from closeup.device_inputs import InputSlot, Produced
+from closeup.devices import find_gpu
 from closeup.engines import Array, EngineOptions, TensorSpec, check_feeds, name_from_path
 from closeup.errors import ModelError
 from closeup.plan_buckets import PlanBuckets, PlanParts
 from closeup.plans import PlanRecord, PlanTensor, RuntimeFacts, read_record, verify_plan
-from closeup.tensorrt_package import Messages, explain, find_gpu, import_tensorrt, make_logger
+from closeup.tensorrt_package import Messages, explain, import_tensorrt, make_logger
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

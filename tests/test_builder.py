@@ -16,9 +16,10 @@ from onnx import TensorProto, helper
 
 from closeup import tensorrt_package
 from closeup.cache_files import merge_file, read_file, replace_file, try_lock_file
+from closeup.devices import Gpu
 from closeup.errors import ExportError, ModelError
 from closeup.plans import Flavour, PlanTensor
-from closeup.tensorrt_package import Gpu, explain, import_tensorrt
+from closeup.tensorrt_package import explain, import_tensorrt
 from export import builder
 from export.builder import (
     BuildJob,

@@ -10,8 +10,8 @@ import pytest
 
 from closeup import cuda_device
 from closeup.cuda_device import CudaDevice
+from closeup.devices import find_gpu
 from closeup.errors import ModelError
-from closeup.tensorrt_package import find_gpu
 
 # What the plans' code asks of TensorRT's objects.
 TENSORRT_NAMES = {

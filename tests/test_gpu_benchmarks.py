@@ -30,8 +30,7 @@ from benchmarks.gpu_onnx import OnnxSteps
 from benchmarks.gpu_plans import cover
 from benchmarks.gpu_timing import count_flops, median_ms
 from benchmarks.gpu_whole import LEAST_PSNR_DB, WholeRun, whole_section
-from closeup import tensorrt_package
-from closeup.devices import Gpu, find_gpus
+from closeup.devices import Gpu, find_gpu, find_gpus
 from closeup.engines import wanted_device
 from closeup.errors import ExportError, ModelError
 from closeup.onnx_engine import OnnxEngine
@@ -219,7 +218,7 @@ class _Driver:
         return 0
 
     def cuDeviceGet(self, device: object, index: int) -> int:  # noqa: N802
-        return 0
+        return int(index != 0)
 
     def cuDeviceGetName(self, name: object, size: int, device: object) -> int:  # noqa: N802
         name.value = b"NVIDIA H100"  # type: ignore[attr-defined]
@@ -232,8 +231,9 @@ class _Driver:
 
 def test_gpus_are_those_the_driver_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: _Driver())
-    assert find_gpus() == (Gpu(index=0, name="NVIDIA H100", capability=(9, 0)),)
-    assert find_gpus()[0].sm == "sm_90"
+    assert find_gpus() == (Gpu(name="NVIDIA H100", sm="9.0"),)
+    assert find_gpu() == find_gpus()[0]
+    assert find_gpu(1) is None
 
 
 def test_no_gpus_are_found_when_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +242,7 @@ def test_no_gpus_are_found_when_there_is_no_driver(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     assert find_gpus() == ()
+    assert find_gpu() is None
 
 
 def test_engine_refuses_the_cpu_when_cuda_is_demanded(
@@ -290,7 +291,7 @@ def test_gpu_check_fails_with_a_sentence_when_there_is_no_gpu_or_no_tensorrt(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("gpu-check: there is no NVIDIA GPU")
 
-    gpu = Gpu(index=0, name="NVIDIA H100", capability=(9, 0))
+    gpu = Gpu(name="NVIDIA H100", sm="9.0")
     monkeypatch.setattr(gpu_check, "find_gpus", lambda: (gpu,))
     for block in ("_engines", "_whole", "_begin_export"):
         monkeypatch.setattr(gpu_check.Check, block, lambda self: None)
@@ -319,7 +320,7 @@ def test_toolchain_is_refused_with_its_gpus_when_it_does_not_build_for_this_one(
 
     monkeypatch.setattr(gpu_plans, "open_toolchain", rtx_only)
     for sm, count in (("9.0", 0), ("8.9", 1)):
-        gpu = tensorrt_package.Gpu(name="a GPU", sm=sm)
+        gpu = Gpu(name="a GPU", sm=sm)
         monkeypatch.setattr(gpu_plans, "find_gpu", lambda gpu=gpu: gpu)
         found, reasons = gpu_plans.find_toolchains()
         assert len(found) == count

@@ -21,6 +21,7 @@ from closeup.onnx_serving import (
     needs_dynamic_batching,
     options_from_config,
     run_requests,
+    runs_on_cuda,
 )
 
 
@@ -66,7 +67,7 @@ class EngineBackend:
         try:
             options = options_from_config(
                 config,
-                use_cuda=on_gpu,
+                use_cuda=runs_on_cuda(on_gpu),
                 device_id=int(args["model_instance_device_id"]) if on_gpu else 0,
             )
             self._engine = self.open(self._path(config), options)

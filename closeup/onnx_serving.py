@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from closeup.engines import Array, Described, Engine, EngineOptions, TensorSpec, count_threads
+from closeup.engines import (
+    Array,
+    Described,
+    Engine,
+    EngineOptions,
+    TensorSpec,
+    count_threads,
+    wanted_device,
+)
 from closeup.errors import ModelError
 
 MODEL_FILE = "model.onnx"
@@ -100,6 +108,22 @@ def options_from_config(
         use_cuda=use_cuda,
         device_id=device_id,
     )
+
+
+def runs_on_cuda(on_gpu: bool) -> bool:
+    """Say whether a served model's engine takes a GPU.
+
+    Args:
+        on_gpu: whether Triton placed the instance on a GPU, as ``kind: KIND_GPU`` asks it to.
+
+    Returns:
+        What ``CLOSEUP_DEVICE`` says, and under ``auto`` what Triton decided.
+
+    Raises:
+        ModelError: ``CLOSEUP_DEVICE`` is no device.
+    """
+    device = wanted_device()
+    return on_gpu if device == "auto" else device == "cuda"
 
 
 def is_complete(config: Mapping[str, Any]) -> bool:

@@ -171,15 +171,19 @@ def test_exported_graph_is_timed_and_compared_when_it_runs_bound_to_torch(tmp_pa
 def test_whole_section_misses_its_bar_when_the_pictures_differ() -> None:
     picture = np.full((8, 8, 3), 100, np.uint8)
 
-    def run(values: np.ndarray) -> WholeRun:  # type: ignore[type-arg]
-        return WholeRun(picture=values, seconds=1, first_s=2, timings_ms={"generate": 900})
+    def run(values: np.ndarray, faces: int = 1) -> WholeRun:  # type: ignore[type-arg]
+        timings_ms = {"generate": 900.0}
+        return WholeRun(picture=values, seconds=1, first_s=2, timings_ms=timings_ms, faces=faces)
 
     same = whole_section("t", {"cuda": run(picture), "cpu": run(picture + 1)})
-    assert same.verdicts[0].met
+    assert all(verdict.met for verdict in same.verdicts)
     black = whole_section("t", {"cuda": run(0 * picture), "cpu": run(picture)})
-    assert black.verdicts[0].value < LEAST_PSNR_DB
-    assert not black.verdicts[0].met
-    assert whole_section("t", {"cpu": run(picture)}).verdicts == ()
+    faces, agreement = black.verdicts
+    assert faces.met
+    assert agreement.value < LEAST_PSNR_DB
+    assert not agreement.met
+    (faceless,) = whole_section("t", {"cpu": run(picture, faces=0)}).verdicts
+    assert not faceless.met
 
 
 @pytest.mark.parametrize("module", ["benchmarks.gpu", "benchmarks.gpu_check"])
@@ -306,6 +310,65 @@ def test_gpu_check_fails_with_a_sentence_when_there_is_no_gpu_or_no_tensorrt(
         "gpu-check: no TensorRT plan was checked: TensorRT is not installed here. TensorRT-RTX is "
         "not installed here."
     )
+
+
+def _served(picture: np.ndarray) -> WholeRun:  # type: ignore[type-arg]
+    return WholeRun(picture=picture, seconds=1.0, first_s=9.0, timings_ms={}, faces=1)
+
+
+@pytest.mark.parametrize(("cuda", "met"), [(0, True), (40, False)])
+def test_gpu_check_serves_the_graph_and_the_plans_and_compares_the_pictures(
+    cuda: int, met: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = np.full((8, 8, 3), 100, np.uint8)
+    served: list[tuple[str, str]] = []
+    exported: list[list[str]] = []
+
+    def run_served(
+        repository: Path, requests: list[dict[str, object]], *, device: str, repeats: int
+    ) -> list[WholeRun]:
+        (fields,) = requests
+        assert fields["inpaint_faces"] is True
+        assert (repository / "generate" / "config.pbtxt").is_file()
+        served.append((repository.name, device))
+        return [_served(picture + np.uint8(cuda if device == "cuda" else 0))]
+
+    def export(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        exported.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    rtx = Toolchain(flavour=Flavour.RTX, module=None, version="1.7.1.116", sms=("8.9",), gpu="")
+    monkeypatch.setattr(gpu_check, "run_served", run_served)
+    monkeypatch.setattr(gpu_check, "missing_cuda_provider", lambda: "")
+    monkeypatch.setattr(gpu_check, "require_toolchains", lambda: ([rtx], []))
+    monkeypatch.setattr(gpu_check.Check, "_engines", lambda self: None)
+    check = gpu_check.Check("cuda", tmp_path, Budget(total_s=600))
+    done = subprocess.Popen(["true"], stderr=subprocess.PIPE, text=True)
+    monkeypatch.setattr(check, "_begin_export", lambda: setattr(check, "_export", done))
+    monkeypatch.setattr(gpu_check.subprocess, "run", export)
+    check.run()
+    assert check.budget.reasons == {}
+    assert served == [("demo", "cpu"), ("demo", "cuda"), ("demo-tensorrt-rtx", "cuda")]
+    assert [command[command.index("--target") + 1] for command in exported] == ["tensorrt-rtx"]
+    titles = [section.title for section in check.sections()]
+    assert titles[1:3] == [
+        "Whole request through Triton, demo model, face pass included",
+        "Whole request through Triton, TensorRT-RTX plans of the demo model",
+    ]
+    assert check.failed is not met
+    assert check.without_tensorrt == ""
+
+
+def test_gpu_check_runs_no_graph_on_the_gpu_when_onnxruntime_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "missing_cuda_provider", lambda: "install onnxruntime-gpu.")
+    monkeypatch.setattr(gpu_check, "run_served", lambda *a, **k: [_served(np.zeros((8, 8, 3)))])
+    check = gpu_check.Check("cuda", tmp_path, Budget(total_s=600))
+    check._export = subprocess.Popen(["true"], stderr=subprocess.PIPE, text=True)
+    check.budget.run("whole", check._whole, limit_s=60)
+    assert check.budget.reasons == {"whole": "not run: install onnxruntime-gpu."}
+    assert not check.failed  # what is not there cannot disagree
 
 
 def test_toolchain_is_refused_with_its_gpus_when_it_does_not_build_for_this_one(

@@ -74,8 +74,8 @@ def _flux(depth: int) -> Build:
 
 BUILDS: tuple[Build, ...] = (
     _sdxl("sdxl-small", 1, [1, 1, 1], "one transformer layer where SDXL has 2 and 10"),
-    _sdxl("sdxl-half", 2, [1, 1, 4], "70 % of its residual layers, 1 and 4 transformer layers"),
     _flux(1),
+    _sdxl("sdxl-half", 2, [1, 1, 4], "70 % of its residual layers, 1 and 4 transformer layers"),
     _flux(2),
     Build(
         case=Case(name="sd15", family="sd15", config=SD15_CONFIG), words="whole",
@@ -104,11 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for build in chosen:
         rows.append((build, measure(build, options.folder)))
-        print(f"{build.case.name}: {rows[-1][1]}", flush=True)
-    section = builds_section(rows)
+        section = builds_section(rows)
+        if not options.no_write:
+            _write(section, machine)  # after each: a run that is cut short leaves the others
     print(section_markdown(section))
-    if not options.no_write:
-        _write(section, machine)
     return 0
 
 
@@ -302,7 +301,7 @@ def _write(section: Section, machine: dict[str, str]) -> None:
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     data = report_data([section], machine, command, day)
     stem.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {stem.relative_to(ROOT)}.md")
+    print(f"written to {stem.relative_to(ROOT)}.md", flush=True)
 
 
 if __name__ == "__main__":

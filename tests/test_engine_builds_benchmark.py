@@ -46,7 +46,7 @@ def narrow(build: Build, changes: dict[str, Any]) -> Build:
     [
         # MAX_BATCH sequences, two rows each, the native size over 8, four chunks of 77 tokens.
         (BUILDS[0], NARROW_UNET, {"sample": (4, 4, 128, 128), "context": (8, 4 * 77, 32)}),
-        (BUILDS[2], NARROW_FLUX, {"sample": (4, 16, 128, 128), "context": (4, 512, 32)}),
+        (BUILDS[1], NARROW_FLUX, {"sample": (4, 16, 128, 128), "context": (4, 512, 32)}),
     ],
     ids=["sdxl", "flux"],
 )
@@ -135,4 +135,4 @@ def test_failed_stage_ends_with_its_reason_and_scratch_is_removed(
 def test_unknown_case_is_refused_with_the_names(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["sdxl-huge", "--no-write"])
-    assert "unknown case 'sdxl-huge'; expected sdxl-small, sdxl-half" in capsys.readouterr().err
+    assert "unknown case 'sdxl-huge'; expected sdxl-small, flux-1" in capsys.readouterr().err

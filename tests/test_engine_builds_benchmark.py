@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks import engine_builds
 from benchmarks.engine_builds import BUILDS, Build, builds_section, main, measure, run_stage
 from benchmarks.export_memory import SDXL_CONFIG, flux_case
 from benchmarks.gpu_models import SUBJECTS
@@ -114,7 +113,7 @@ def test_stages_are_measured_in_processes_of_their_own_and_scratch_is_removed(
         assert Path(command[command.index("--folder") + 1]).is_dir()
         return subprocess.CompletedProcess(command, 0, f'a warning\n{{"{stages[-1]}": 1}}\n', "")
 
-    monkeypatch.setattr(engine_builds.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     assert measure(BUILDS[0], tmp_path) == {"write": 1, "export": 1, "build": 1}
     assert stages == ["write", "export", "build"]
     assert list(tmp_path.iterdir()) == []
@@ -126,7 +125,7 @@ def test_failed_stage_ends_with_its_reason_and_scratch_is_removed(
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "export: no space left on device")
 
-    monkeypatch.setattr(engine_builds.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(SystemExit, match="sdxl-small, write: export: no space left on device"):
         measure(BUILDS[0], tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -345,7 +345,7 @@ def test_gpu_check_serves_the_graph_and_the_plans_and_compares_the_pictures(
     check = gpu_check.Check("cuda", tmp_path, Budget(total_s=600))
     done = subprocess.Popen(["true"], stderr=subprocess.PIPE, text=True)
     monkeypatch.setattr(check, "_begin_export", lambda: setattr(check, "_export", done))
-    monkeypatch.setattr(gpu_check.subprocess, "run", export)
+    monkeypatch.setattr(subprocess, "run", export)
     check.run()
     assert check.budget.reasons == {}
     assert served == [("demo", "cpu"), ("demo", "cuda"), ("demo-tensorrt-rtx", "cuda")]

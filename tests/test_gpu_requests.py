@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -184,7 +185,7 @@ def test_pipeline_is_not_written_when_the_disk_is_too_small(
     class Usage:
         free = 101e9
 
-    monkeypatch.setattr(gpu_pipelines.shutil, "disk_usage", lambda folder: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage)
     require_space(tmp_path, "sdxl")
     with pytest.raises(NotRun, match="take 102 GB of scratch space and 101 GB are free"):
         require_space(tmp_path, "flux")

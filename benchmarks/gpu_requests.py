@@ -7,6 +7,7 @@ Two requests a side: the picture alone, and with super-resolution and the face p
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import time
@@ -169,6 +170,15 @@ class Requests:
         """
         if compiled and self.device != "cuda":
             raise NotRun("torch.compile is compared on a CUDA device.")
+        try:
+            self._theirs(compiled=compiled)
+        finally:
+            gc.collect()
+            if self.device == "cuda":  # what comes next may be another process's
+                torch._dynamo.reset()
+                torch.cuda.empty_cache()
+
+    def _theirs(self, *, compiled: bool) -> None:
         side = DiffusersRequests(
             self.pipeline, detector=self.detector, device=self.device,
             native_px=self.native_px, compiled=compiled,
@@ -261,7 +271,7 @@ class DiffusersRequests:
         self._upscaler.network.to(device)
         self._detector = load_face_detector(detector).to(device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def paint(self, fields: Mapping[str, Any]) -> Floats:
         """Return the picture, (H, W, 3) float32 in [0, 1]."""
         picture: Floats = self._pipe(
@@ -270,7 +280,7 @@ class DiffusersRequests:
         ).images[0]  # fmt: skip
         return picture
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def repaint(self, fields: Mapping[str, Any]) -> int:
         """Paint, super-resolve, find the faces, repaint the first one; return how many."""
         picture = self.paint(fields)

@@ -22,7 +22,7 @@ from benchmarks.gpu_requests import DiffusersRequests, Requests, Seconds, reques
 from benchmarks.gpu_whole import serve_options
 from closeup.detection import OUTPUT_NAMES, decode_detections, detector_input
 from closeup.engines import Array, EngineOptions, open_engine
-from closeup.plans import Flavour
+from closeup.plans import Flavour, RuntimeFacts, verify_plan
 from export.builder import Toolchain
 from export.detector import load_face_detector
 from export.profiles import tensors_of
@@ -59,6 +59,8 @@ class GraphEngine:
 
     def __init__(self, plan: Path, factor: float = 1.0) -> None:
         assert plan.read_bytes().startswith(b"plan of model.onnx")
+        # As `PlanEngine` does before it opens one.
+        verify_plan(plan, RuntimeFacts(flavour=Flavour.TENSORRT, version="11.1.0.106", sm="9.0"))
         self._engine = open_engine(plan.with_name("model.onnx"), options=EngineOptions(threads=1))
         self._factor = factor
         self.samples: list[Array] = []

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.export_memory import SDXL_CONFIG, Case, flux_case, write_pipeline
-from benchmarks.hardware import describe_machine, machine_kind
+from benchmarks.hardware import describe_machine, machine_kind, package_version
 from benchmarks.results import Section, report_data, report_markdown, section_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,8 +74,8 @@ def _flux(depth: int) -> Build:
 
 BUILDS: tuple[Build, ...] = (
     _sdxl("sdxl-small", 1, [1, 1, 1], "one transformer layer where SDXL has 2 and 10"),
-    _sdxl("sdxl-half", 2, [1, 1, 4], "70 % of its residual layers, 1 and 4 transformer layers"),
     _flux(1),
+    _sdxl("sdxl-half", 2, [1, 1, 4], "70 % of its residual layers, 1 and 4 transformer layers"),
     _flux(2),
     Build(
         case=Case(name="sd15", family="sd15", config=SD15_CONFIG), words="whole",
@@ -98,14 +98,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown case {unknown[0]!r}; expected {', '.join(names)}")
     chosen = [build for build in BUILDS if not options.cases or build.case.name in options.cases]
     if options.stage:
-        print(json.dumps(_run_stage(options.stage, chosen[0], options.folder)))
+        print(json.dumps(run_stage(options.stage, chosen[0], options.folder)))
         return 0
-    rows = [(build, measure(build, options.folder)) for build in chosen]
-    section = _section(rows)
+    machine = machine_facts()  # before the builds: they are load themselves
+    rows = []
+    for build in chosen:
+        rows.append((build, measure(build, options.folder)))
+        section = builds_section(rows)
+        if not options.no_write:
+            _write(section, machine)  # after each: a run that is cut short leaves the others
     print(section_markdown(section))
-    if not options.no_write:
-        _write(section)
     return 0
+
+
+def machine_facts() -> dict[str, str]:
+    """Return the machine's facts for the report, its load now and the builder's version."""
+    facts = describe_machine()
+    return facts | {"tensorrt-rtx-cu13": package_version("tensorrt-rtx-cu13")}
 
 
 def measure(build: Build, folder: Path | None = None) -> dict[str, Any]:
@@ -116,8 +125,9 @@ def measure(build: Build, folder: Path | None = None) -> dict[str, Any]:
         folder: for scratch files, which are gone afterwards; None: the system's.
 
     Returns:
-        parameters, weight_bytes, nodes, layers (of the LoRA inputs), build_s, build_cpu_s,
-        peak_bytes, plan_bytes.
+        parameters, weight_bytes, nodes, layers (of the LoRA inputs), export_peak_bytes, casts,
+        load (mean number of running threads over the minute before the build), build_s,
+        build_cpu_s, peak_bytes (the builder's process and its children), plan_bytes.
 
     Raises:
         SystemExit: a stage failed; says why.
@@ -137,10 +147,17 @@ def measure(build: Build, folder: Path | None = None) -> dict[str, Any]:
     return found
 
 
-def _run_stage(stage: str, build: Build, folder: Path) -> dict[str, Any]:
+def run_stage(stage: str, build: Build, folder: Path) -> dict[str, Any]:
+    """Run ``write``, ``export`` or ``build`` in this process; returns its part of `measure`'s."""
     if stage == "write":
         return write_pipeline(build.case, folder / "pipeline")
     return _export(build, folder) if stage == "export" else _build(build, folder)
+
+
+def peak_bytes() -> int:
+    """Largest resident set of this process so far plus that of its largest ended child, bytes."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024
 
 
 def _export(build: Build, folder: Path) -> dict[str, Any]:
@@ -167,7 +184,7 @@ def _export(build: Build, folder: Path) -> dict[str, Any]:
     write_graph(graph, folder / "model.onnx")
     (folder / "layers.json").write_text(json.dumps(layers), encoding="utf-8")
     nodes = onnx.load(folder / "model.onnx", load_external_data=False).graph.node
-    return {"nodes": len(nodes), "layers": len(layers)}
+    return {"nodes": len(nodes), "layers": len(layers), "export_peak_bytes": peak_bytes()}
 
 
 def _build(build: Build, folder: Path) -> dict[str, Any]:
@@ -190,12 +207,14 @@ def _build(build: Build, folder: Path) -> dict[str, Any]:
     )
     casts = check_casts(graph, build.precision).describe()
     shutil.rmtree(folder / "pipeline")
+    load = os.getloadavg()[0]
     started_s, cpu_s = time.perf_counter(), time.process_time()
     build_plan(job, open_toolchain(Flavour.RTX), folder / "model.plan")
     return {
         "build_s": time.perf_counter() - started_s,
         "build_cpu_s": time.process_time() - cpu_s,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
+        "load": load,
         "plan_bytes": (folder / "model.plan").stat().st_size,
         "casts": casts,
     }
@@ -236,7 +255,8 @@ def _sides(build: Build, layers: Path) -> Mapping[str, Any]:
     return denoiser_sides(manifest, limits_of(manifest, (square,), LORA_ROWS), alone=False)
 
 
-def _section(rows: Sequence[tuple[Build, Mapping[str, Any]]]) -> Section:
+def builds_section(rows: Sequence[tuple[Build, Mapping[str, Any]]]) -> Section:
+    """Return the table of `measure`'s figures."""
     from closeup.plans import Flavour
     from closeup.tensorrt_package import import_tensorrt
 
@@ -244,8 +264,8 @@ def _section(rows: Sequence[tuple[Build, Mapping[str, Any]]]) -> Section:
     return Section(
         title=f"Denoisers compiled by TensorRT-RTX {version}, LoRA inputs of rank {RANK}, no GPU",
         columns=(
-            "model", "precision", "weights GB", "LoRA layers", "graph nodes", "build s",
-            "processor s", "peak GB", "plan GB",
+            "model", "precision", "weights GB", "LoRA layers", "graph nodes", "export peak GB",
+            "build s", "processor s", "load", "build peak GB", "plan GB",
         ),
         rows=tuple(
             (
@@ -254,8 +274,10 @@ def _section(rows: Sequence[tuple[Build, Mapping[str, Any]]]) -> Section:
                 f"{found['weight_bytes'] / 1e9:.2f}",
                 str(found["layers"]),
                 str(found["nodes"]),
+                f"{found['export_peak_bytes'] / 1e9:.2f}",
                 f"{found['build_s']:.0f}",
                 f"{found['build_cpu_s']:.0f}",
+                f"{found['load']:.1f}",
                 f"{found['peak_bytes'] / 1e9:.2f}",
                 f"{found['plan_bytes'] / 1e9:.2f}",
             )
@@ -263,22 +285,23 @@ def _section(rows: Sequence[tuple[Build, Mapping[str, Any]]]) -> Section:
         ),
         notes=(
             f"Pictures of the native size, up to {MAX_BATCH} sequences in a call, one profile. "
-            "Weights: the network's own, 2 bytes each. The builder uses one thread for most of "
-            "the time.",
+            "Weights: the network's own, 2 bytes each. Peaks are resident sets, the pages of the "
+            "weights' file included. Load: running threads in the minute before a build, by which "
+            "its seconds of wall time are longer than on an idle machine.",
             *(f"- {build.case.name}: {build.words}; {found['casts']}." for build, found in rows),
         ),
     )  # fmt: skip
 
 
-def _write(section: Section) -> None:
-    machine, day = describe_machine(), datetime.date.today()
+def _write(section: Section, machine: dict[str, str]) -> None:
+    day = datetime.date.today()
     command = " ".join(["python -m benchmarks.engine_builds", *sys.argv[1:]])
     stem = ROOT / "benchmarks" / "results" / f"{day.isoformat()}-{machine_kind(machine)}-builds"
     text = report_markdown([section], machine, command, day)
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     data = report_data([section], machine, command, day)
     stem.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {stem.relative_to(ROOT)}.md")
+    print(f"written to {stem.relative_to(ROOT)}.md", flush=True)
 
 
 if __name__ == "__main__":

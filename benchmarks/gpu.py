@@ -1,9 +1,9 @@
-"""`make bench-gpu`: what a denoising step costs on a GPU, at the families' real sizes.
+"""`make bench-gpu`: what denoising steps and requests cost on a GPU, at the families' real sizes.
 
-Random weights made on the device, nothing to download. Compares closeup's graph in ONNX Runtime
-with diffusers in PyTorch (bf16: eager, in a CUDA graph, compiled) and with the arithmetic floor:
-operations counted over the measured rate of matrix products. Blocks run in the order of their
-value, each with a time limit; the report is rewritten after each.
+Random weights made on the device, nothing to download. Compares closeup's graph, as TensorRT plans
+and in ONNX Runtime, with diffusers in PyTorch (bf16: eager, in a CUDA graph, compiled) and with the
+arithmetic floor: operations counted over the measured rate of matrix products. Blocks run in the
+order of their value, each with a time limit; the report is rewritten after each.
 """
 
 from __future__ import annotations
@@ -26,16 +26,20 @@ from benchmarks.gpu_blocks import Budget, NotRun, cut_off, last_line
 from benchmarks.gpu_findings import Findings, blocks_section, model_section
 from benchmarks.gpu_models import BATCHES, SUBJECTS, make_subject
 from benchmarks.gpu_onnx import OnnxSteps, describe_onnxruntime
+from benchmarks.gpu_plan_steps import PlanSteps, choose_target
+from benchmarks.gpu_plans import find_toolchains
+from benchmarks.gpu_requests import Requests
 from benchmarks.gpu_steps import DiffusersSteps
 from benchmarks.gpu_timing import MATMUL_SIDE, count_flops, matmul_flops_per_s
-from benchmarks.gpu_whole import run_whole, whole_section
+from benchmarks.gpu_whole import run_served, whole_section
 from benchmarks.hardware import describe_machine, machine_kind, package_version
 from benchmarks.results import Section, report_markdown, section_markdown
+from benchmarks.subjects import add_python_models
 from demo.default_request import DEFAULT_REQUEST
 from demo.run import ROOT, WEIGHTS, export_command
 
 QUICK_MINUTES = 2.5
-FULL_MINUTES = 15.0
+FULL_MINUTES = 60.0
 NO_GPU_CODE = 2
 
 
@@ -81,6 +85,8 @@ class Bench:
         self.subjects = {name: make_subject(name, self.options.use_tiny) for name in SUBJECTS}
         on_gpu = self.options.device == "cuda"
         dtype = torch.bfloat16 if on_gpu else torch.float32
+        in_plans = on_gpu and bool(find_toolchains()[0])
+        half = torch.float16 if on_gpu else torch.float32
         self.steps = {
             name: DiffusersSteps(
                 subject=subject, device=self.options.device, dtype=dtype, found=self.found
@@ -91,9 +97,24 @@ class Bench:
             name: OnnxSteps(
                 subject=subject,
                 device=self.options.device,
-                dtype=torch.float16 if on_gpu else torch.float32,
+                # Real weights of FLUX.1 pass float16's range, so its plans are bf16.
+                dtype=torch.bfloat16 if in_plans and subject.is_flux else half,
                 rank=0,
                 folder=self.scratch,
+                found=self.found,
+            )
+            for name, subject in self.subjects.items()
+        }
+        self.plans = {
+            name: PlanSteps(graph=graph, found=self.found) for name, graph in self.onnx.items()
+        }
+        self.requests = {
+            name: Requests(
+                subject=subject,
+                folder=self.scratch,
+                device=self.options.device,
+                use_tiny=self.options.use_tiny,
+                find_target=choose_target if on_gpu else lambda: ("onnx", "ONNX Runtime, CPU"),
                 found=self.found,
             )
             for name, subject in self.subjects.items()
@@ -141,7 +162,14 @@ class Bench:
         for name, subject in self.subjects.items():
             title = f"Denoising step, {subject.title}"
             sections.append(
-                model_section(self.found, name, title, steps=subject.steps, batches=BATCHES)
+                model_section(
+                    self.found,
+                    name,
+                    title,
+                    steps=subject.steps,
+                    batches=BATCHES,
+                    reasons=self.budget.reasons,
+                )
             )
         blocks = blocks_section(self.budget.seconds, self.budget.reasons)
         return [*sections, *self.found.sections, blocks]
@@ -149,7 +177,8 @@ class Bench:
     def _blocks(self) -> list[tuple[str, float, Callable[[], None]]]:
         """Name, limit in seconds and work of each block, most valuable first."""
         sd, xl, fl = (self.steps[name] for name in ("sd15", "sdxl", "flux"))
-        nn_sd, nn_xl = self.onnx["sd15"], self.onnx["sdxl"]
+        nn_sd, nn_xl, nn_fl = (self.onnx[name] for name in ("sd15", "sdxl", "flux"))
+        plans = {name: partial(steps.time, BATCHES) for name, steps in self.plans.items()}
         session = partial(nn_sd.time_session, nhwc=True, use_graph=False)
         return [
             ("matmul", 15, self._matmul),
@@ -157,6 +186,7 @@ class Bench:
             ("sd15 export", 60, nn_sd.export),
             ("sd15 onnxruntime", 60, partial(session, BATCHES)),
             ("demo request", 60, self._whole),
+            ("sd15 plan", 240, plans["sd15"]),
             ("sd15 engine", 45, partial(nn_sd.time_engine, (1,))),
             ("sd15 onnxruntime, CUDA graph", 40,
              partial(nn_sd.time_session, (1,), nhwc=True, use_graph=True)),
@@ -164,8 +194,10 @@ class Bench:
             ("flux compile", 60, _then(partial(fl.compiled, (1,), regional=True), fl.free)),
             ("sdxl eager", 40, xl.eager),
             ("sd15 compile", 75, _then(partial(sd.compiled, (1,), regional=False), sd.free)),
-            ("sdxl onnxruntime", 120, _then(nn_xl.export, partial(
-                nn_xl.time_session, (1, 4), nhwc=True, use_graph=False))),
+            ("sdxl export", 90, nn_xl.export),
+            ("sdxl onnxruntime", 90, partial(
+                nn_xl.time_session, BATCHES, nhwc=True, use_graph=False)),
+            ("sdxl plan", 480, plans["sdxl"]),
             ("sdxl compile", 120, _then(partial(xl.compiled, (1,), regional=False), xl.free)),
             ("sd15 onnxruntime, channels first", 40,
              partial(nn_sd.time_session, (1,), nhwc=False, use_graph=False)),
@@ -173,7 +205,27 @@ class Bench:
              _then(partial(sd.compiled, (4, 8), regional=False), sd.free)),
             ("flux compile, batch 4 and 8", 150,
              _then(partial(fl.compiled, (4, 8), regional=True), fl.free)),
+            ("sdxl compile, batch 4 and 8", 240,
+             _then(partial(xl.compiled, (4, 8), regional=False), xl.free)),
+            *self._request_blocks("sd15", 420),
+            ("flux export", 240, nn_fl.export),
+            ("flux onnxruntime", 180, partial(
+                nn_fl.time_session, BATCHES, nhwc=True, use_graph=False)),
+            ("flux plan", 900, plans["flux"]),
+            *self._request_blocks("sdxl", 900),
+            *self._request_blocks("flux", 1800),
         ]  # fmt: skip
+
+    def _request_blocks(
+        self, name: str, export_s: float
+    ) -> list[tuple[str, float, Callable[[], None]]]:
+        """The blocks of a family's whole requests; ``export_s`` limits ours."""
+        requests = self.requests[name]
+        return [
+            (f"{name} request, eager", 240, partial(requests.theirs, compiled=False)),
+            (f"{name} request", export_s, requests.ours),
+            (f"{name} request, compile", 240, partial(requests.theirs, compiled=True)),
+        ]
 
     def _begin(self, pool: Pool) -> None:
         """Start what needs no GPU beside it: counting operations, exporting the demo model."""
@@ -216,10 +268,12 @@ class Bench:
             raise RuntimeError(f"the demo model's export: {last_line(complaints)}")
         devices = ("cuda", "cpu") if self.options.device == "cuda" else ("cpu",)
         repository = self.scratch / "demo"
+        add_python_models(repository)
         sides = {}
         for device in devices:
-            sides[device] = run_whole(repository, DEFAULT_REQUEST, device=device, repeats=2)
-        title = "Whole request in one process, demo model, face pass included"
+            (run,) = run_served(repository, [DEFAULT_REQUEST], device=device, repeats=2)
+            sides[device] = run
+        title = "Whole request through Triton, demo model, face pass included"
         self.found.sections.append(whole_section(title, sides))
 
 
@@ -244,7 +298,7 @@ def describe_gpu_machine(device: str) -> dict[str, str]:
         facts["GPU memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
         facts["compute capability"] = f"{properties.major}.{properties.minor}"
         facts["CUDA, cuDNN"] = f"{torch.version.cuda}, {torch.backends.cudnn.version()}"
-    for package in ("tensorrt", "tensorrt-rtx"):
+    for package in ("tensorrt-cu13", "tensorrt-rtx-cu13"):
         facts[package] = package_version(package)
     return facts | describe_machine()
 
@@ -254,7 +308,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--minutes", type=float, help="of everything; default 15")
+    parser.add_argument("--minutes", type=float, help=f"of everything; default {FULL_MINUTES:g}")
     parser.add_argument("--quick", action="store_true", help=f"--minutes {QUICK_MINUTES}")
     parser.add_argument("--tiny", action="store_true", help="tiny networks: tries the script")
     parser.add_argument("--only", action="append", default=[], help="a block's name; repeatable")

@@ -1,9 +1,9 @@
 """`make gpu-check`: every kind of engine and a whole request on the GPU, against the CPU.
 
-Small graphs of all families with random weights, the demo model's whole request, and which parts
-of the GPU path this machine lacks. Ends with 0 when everything agrees, 1 when something does not,
-2 with one sentence where there is no GPU to check, 4 with one sentence where all that could be
-checked agrees but there is no TensorRT.
+Small graphs of all families with random weights, the demo model's whole request through Triton
+(the embedded server), and which parts of the GPU path this machine lacks. Ends with 0 when
+everything agrees, 1 when something does not, 2 with one sentence where there is no GPU to check,
+4 with one sentence where all that could be checked agrees but there is no TensorRT.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.gpu_blocks import Budget, NotRun, cut_off, first_line, last_line
 from benchmarks.gpu_findings import blocks_section
 from benchmarks.gpu_graphs import Case, Job, plan_jobs, try_job
-from benchmarks.gpu_onnx import describe_onnxruntime
+from benchmarks.gpu_onnx import describe_onnxruntime, missing_cuda_provider
 from benchmarks.gpu_plans import require_toolchains, worst_error
-from benchmarks.gpu_whole import device_variable, run_whole, whole_section
+from benchmarks.gpu_whole import WholeRun, run_served, whole_section
 from benchmarks.hardware import describe_machine, machine_kind
 from benchmarks.results import Section, Verdict, report_markdown, section_markdown
+from benchmarks.subjects import add_python_models
 from closeup.devices import find_gpus
-from closeup.engines import open_engine
+from closeup.engines import DEVICE_VARIABLE, open_engine
 from demo.default_request import DEFAULT_REQUEST
 from demo.run import ROOT, WEIGHTS, export_command
 from export.graphs import compare
@@ -39,6 +41,7 @@ from export.precisions import Precision
 LIMITS = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 2e-2}
 WORKERS = 8
 DEFAULT_MINUTES = 10.0
+REHEARSAL_SLACK = 5
 FAILED_CODE, NO_GPU_CODE, NO_TENSORRT_CODE = 1, 2, 4
 TENSORRT = "TensorRT"
 
@@ -63,15 +66,19 @@ class Check:
         self._sections: list[Section] = []
         self._ready: list[tuple[Job, Sequence[Case]]] = []
         self._export: subprocess.Popen[str] | None = None
+        self._no_onnx = missing_cuda_provider() if device == "cuda" else ""
+        self._cpu: WholeRun | None = None
 
     def run(self) -> None:
         """Run every block."""
         self._begin_export()
         try:
-            self.budget.run("engines", self._engines, limit_s=150)
-            self.budget.run("whole request in this process", self._whole, limit_s=120)
+            # A rehearsal may be slow: no GPU is held for it.
+            slack = 1 if self._device == "cuda" else REHEARSAL_SLACK
+            self.budget.run("engines", self._engines, limit_s=150 * slack)
+            self.budget.run("whole request through Triton", self._whole, limit_s=180 * slack)
             self.budget.run(TENSORRT, self._tensorrt, limit_s=240)
-            self.budget.run("whole request in TensorRT", self._whole_plans, limit_s=240)
+            self.budget.run("whole request through Triton, plans", self._whole_plans, limit_s=240)
         finally:
             if self._export is not None and self._export.poll() is None:
                 self._export.kill()
@@ -102,6 +109,8 @@ class Check:
 
     def _engines(self) -> None:
         """Write the graphs in other processes; run each on the device as it comes."""
+        if self._no_onnx:
+            self._notes.append(f"No graph was run on the GPU: {self._no_onnx}")
         jobs = plan_jobs(self._scratch)
         workers = max(1, min(WORKERS, len(os.sched_getaffinity(0)) // 2))
         with get_context("spawn").Pool(workers) as pool:  # its end stops what still runs
@@ -110,13 +119,14 @@ class Check:
                     if isinstance(answer, str):
                         raise NotRun(answer)
                     self._ready.append((job, answer))
-                    if job.precision != Precision.BF16:  # ONNX Runtime has too few kernels for it
+                    # ONNX Runtime has too few kernels for bfloat16.
+                    if job.precision != Precision.BF16 and not self._no_onnx:
                         self._compare(job, answer)
                 except Exception as error:  # the other engines are worth knowing all the same
                     self._failures.append(f"{job.title}, {job.precision}: {first_line(error)}")
 
     def _compare(self, job: Job, cases: Sequence[Case]) -> None:
-        with device_variable(self._device):
+        with _device_variable(self._device):
             engine = open_engine(job.path)
         try:
             worst = 0.0
@@ -148,12 +158,20 @@ class Check:
         _, complaints = self._export.communicate()
         if self._export.returncode:
             raise RuntimeError(f"the demo model's export: {last_line(complaints)}")
-        devices = dict.fromkeys((self._device, "cpu"))
-        sides = {
-            device: run_whole(self._scratch / "demo", DEFAULT_REQUEST, device=device, repeats=2)
-            for device in devices
-        }
-        self._sections.append(whole_section("Whole request, demo model, face pass included", sides))
+        add_python_models(self._scratch / "demo")
+        sides = {"cpu": self._serve(self._scratch / "demo", "cpu")}
+        self._cpu = sides["cpu"]
+        if self._no_onnx:
+            raise NotRun(self._no_onnx)
+        if self._device != "cpu":
+            sides = {self._device: self._serve(self._scratch / "demo", self._device), **sides}
+        self._sections.append(
+            whole_section("Whole request through Triton, demo model, face pass included", sides)
+        )
+
+    def _serve(self, repository: Path, device: str) -> WholeRun:
+        (run,) = run_served(repository, [DEFAULT_REQUEST], device=device, repeats=2)
+        return run
 
     def _tensorrt(self) -> None:
         """Build a plan of every graph and run it; in the order in which they came."""
@@ -176,6 +194,8 @@ class Check:
             raise NotRun("the demo model was not exported.")
         if self._device != "cuda":
             raise NotRun("plans are opened on a GPU only.")
+        if self._cpu is None:
+            raise NotRun("there is no picture of the CPU's to compare with.")
         for toolchain in require_toolchains()[0]:
             flavour = toolchain.flavour
             folder = self._scratch / f"demo-{flavour}"
@@ -186,11 +206,10 @@ class Check:
             )
             if done.returncode:
                 raise RuntimeError(f"the demo model's plans: {last_line(done.stderr)}")
-            sides = {
-                flavour.label: run_whole(folder, DEFAULT_REQUEST, device="cuda", repeats=2),
-                "cpu": run_whole(self._scratch / "demo", DEFAULT_REQUEST, device="cpu", repeats=0),
-            }
-            self._sections.append(whole_section(f"Whole request, {flavour.label} plans", sides))
+            add_python_models(folder)
+            sides = {flavour.label: self._serve(folder, "cuda"), "cpu": self._cpu}
+            title = f"Whole request through Triton, {flavour.label} plans of the demo model"
+            self._sections.append(whole_section(title, sides))
 
     @property
     def without_tensorrt(self) -> str:
@@ -199,12 +218,26 @@ class Check:
         return reason.removeprefix("not run: ") if reason.startswith("not run") else ""
 
 
+@contextmanager
+def _device_variable(device: str) -> Iterator[None]:
+    """Set ``CLOSEUP_DEVICE`` for what is opened inside."""
+    before = os.environ.get(DEVICE_VARIABLE)
+    os.environ[DEVICE_VARIABLE] = device
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[DEVICE_VARIABLE]
+        else:
+            os.environ[DEVICE_VARIABLE] = before
+
+
 def describe(device: str) -> dict[str, str]:
     """Return the machine's facts for the report."""
     facts = {"GPU": "none"}
     gpus = find_gpus() if device == "cuda" else ()
     if gpus:
-        facts = {"GPU": gpus[0].name, "architecture": gpus[0].sm}
+        facts = {"GPU": gpus[0].name, "compute capability": gpus[0].sm}
     facts["ONNX Runtime"] = describe_onnxruntime()
     return facts | describe_machine()
 
@@ -225,8 +258,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="folder of a report in Markdown")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--minutes", type=float, default=DEFAULT_MINUTES, help="of everything")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help=f"of everything; default {DEFAULT_MINUTES:g}, without a GPU five times that",
+    )
     given = parser.parse_args(arguments)
+    if given.minutes is not None and given.minutes <= 0:
+        parser.error(f"--minutes is {given.minutes}; expected more than 0.")
+    slack = 1 if given.device == "cuda" else REHEARSAL_SLACK
+    minutes = given.minutes or slack * DEFAULT_MINUTES
     if given.device == "cuda" and not find_gpus():
         print(
             "gpu-check: there is no NVIDIA GPU that this process may use (no driver, or none is "
@@ -236,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NO_GPU_CODE
     started_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        check = Check(given.device, Path(scratch), Budget(total_s=60 * given.minutes))
+        check = Check(given.device, Path(scratch), Budget(total_s=60 * minutes))
 
         def write() -> None:
             if given.out is not None:

@@ -6,15 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.results import Section
+from closeup.plans import Flavour
 
 EAGER = "diffusers, eager, bf16"
 GRAPH = "the same in a CUDA graph"
 COMPILED = "diffusers, torch.compile, bf16"
+# FLUX.1's graph is bf16 where it becomes a plan.
+PLAN_SIDES: Mapping[Flavour, str] = {
+    flavour: f"closeup's engine, {flavour.label} plan" for flavour in Flavour
+}
 ORT = "closeup's graph, ONNX Runtime CUDA, fp16"
 ORT_GRAPH = "the same in a CUDA graph, fp16"
 ORT_ENGINE = "the same through closeup's engine, fp16"
 FLOOR = "arithmetic floor"
-SIDES = (EAGER, GRAPH, COMPILED, ORT, ORT_GRAPH, ORT_ENGINE, FLOOR)
+SIDES = (EAGER, GRAPH, COMPILED, *PLAN_SIDES.values(), ORT, ORT_GRAPH, ORT_ENGINE, FLOOR)
 
 
 @dataclass(kw_only=True)
@@ -47,15 +52,36 @@ class Findings:
 
 
 def model_section(
-    found: Findings, model: str, title: str, *, steps: int, batches: Sequence[int]
+    found: Findings,
+    model: str,
+    title: str,
+    *,
+    steps: int,
+    batches: Sequence[int],
+    reasons: Mapping[str, str] | None = None,
 ) -> Section:
-    """Return a model's table: one row a side, milliseconds and pictures a second by batch."""
+    """Return a model's table: one row a side, milliseconds and pictures a second by batch.
+
+    Args:
+        found: the figures.
+        model: whose.
+        title: of the table.
+        steps: of a picture.
+        batches: columns.
+        reasons: block -> why it was not run or not to its end; those whose name begins with the
+            model's go below the table.
+    """
     rows = []
     for side in SIDES:
         times = {batch: _step_ms(found, model, side, batch) for batch in batches}
         known = {batch: ms for batch, ms in times.items() if ms is not None}
         rows.append((side, *_cells(known, batches, steps)))
     notes = list(found.notes.get(model, []))
+    notes += [
+        f"{block}: {reason}"
+        for block, reason in (reasons or {}).items()
+        if block.partition(" ")[0] == model
+    ]
     if model in found.flops:
         notes.append(
             f"{found.flops[model] / 1e12:.2f} TFLOP a step of one picture, counted. Pictures a "

@@ -185,7 +185,7 @@ def _build_tiny_sdxl() -> nn.Module:
 def build_network(subject: Subject, *, device: str, dtype: torch.dtype) -> nn.Module:
     """Make a subject's network on ``device`` with random weights, ready for inference."""
     torch.manual_seed(0)
-    with _default_dtype(dtype), torch.device(device):
+    with default_dtype(dtype), torch.device(device):
         network = subject.build()
     return network.eval().requires_grad_(False)
 
@@ -230,7 +230,8 @@ def call_inputs(subject: Subject, batch: int, *, device: str, dtype: torch.dtype
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Let modules made inside have this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

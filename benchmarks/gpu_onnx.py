@@ -27,6 +27,7 @@ from export.streaming import write_streamed
 
 # As `make gpu-check`: half precision against PyTorch's own half precision on the same weights.
 HALF_LIMIT = 2e-2
+_PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(kw_only=True)
@@ -56,8 +57,13 @@ class OnnxSteps:
         """The graph's file."""
         return self.folder / f"{self.subject.name}_denoiser" / "1" / "model.onnx"
 
+    @property
+    def precision(self) -> str:
+        """Of the network: fp32, fp16 or bf16."""
+        return _PRECISIONS[self.dtype]
+
     def export(self) -> None:
-        """Write the graph, and keep PyTorch's answer to one call for `check`."""
+        """Write the graph, and keep PyTorch's answer to one call for `compare_reference`."""
         graph = self._describe()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_streamed(graph, self.path, OPSET)
@@ -84,7 +90,7 @@ class OnnxSteps:
             max_tokens=self.subject.tokens,
             max_rank=self.rank,
             max_batch=8,
-            precision="fp16" if self.dtype is torch.float16 else "fp32",
+            precision=self.precision,
         )
         graph.module.eval().requires_grad_(False)
         draw = graph.draw
@@ -101,13 +107,19 @@ class OnnxSteps:
             batches: pictures in a call.
             nhwc: let the provider run convolutions with channels last.
             use_graph: replay calls from a CUDA graph.
+
+        Raises:
+            NotRun: no CUDA provider, a bfloat16 graph, or it was not exported.
         """
+        if self.dtype is torch.bfloat16:
+            raise NotRun("the graph is bf16, for TensorRT; ONNX Runtime has too few kernels of it.")
+        self._require_graph()
         session = self._session(nhwc=nhwc, use_graph=use_graph)
         for batch in batches:
             call, outputs = self._bound(session, batch)
             if batch == 1:
                 call()
-                self._check(outputs)
+                self.compare_reference({n: value.cpu().numpy() for n, value in outputs.items()})
             ms = median_ms(call, device=self.device)
             side = ORT_GRAPH if use_graph else ORT
             key = (self.subject.name, side, batch)
@@ -118,15 +130,31 @@ class OnnxSteps:
             )
 
     def time_engine(self, batches: Sequence[int]) -> None:
-        """Time the same graph through `closeup.engines`, as the denoiser's process runs it."""
+        """Time the same graph through `closeup.engines`, as the denoiser's process runs it.
+
+        Raises:
+            NotRun: it was not exported.
+        """
+        self._require_graph()
         engine = open_engine(self.path, options=EngineOptions(threads=4))
         try:
             for batch in batches:
-                feeds = {name: value.cpu().numpy() for name, value in self._draw(batch).items()}
+                feeds = self.host_inputs(batch)
                 ms = median_ms(partial(engine.run, feeds), device="cpu")
                 self.found.step_ms[self.subject.name, ORT_ENGINE, batch] = ms
         finally:
             engine.close()
+
+    def host_inputs(self, batch: int) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the inputs of a call for ``batch`` pictures, read-only, by name."""
+        feeds = {name: value.cpu().numpy() for name, value in self._draw(batch).items()}
+        for array in feeds.values():
+            array.setflags(write=False)  # engines on a GPU take such an array there once
+        return feeds
+
+    def _require_graph(self) -> None:
+        if self._graph is None:
+            raise NotRun("its graph was not exported.")
 
     def _session(self, *, nhwc: bool, use_graph: bool) -> Any:
         import onnxruntime as ort
@@ -135,7 +163,7 @@ class OnnxSteps:
         if self.device == "cpu":
             return ort.InferenceSession(str(self.path), providers=["CPUExecutionProvider"])
         if CUDA_PROVIDER not in ort.get_available_providers():
-            raise NotRun(f"this onnxruntime {ort.__version__} has no {CUDA_PROVIDER}.")
+            raise NotRun(missing_cuda_provider())
         options = {
             "cudnn_conv_algo_search": "HEURISTIC",
             "prefer_nhwc": "1" if nhwc else "0",
@@ -169,14 +197,17 @@ class OnnxSteps:
 
         return call, outputs
 
-    def _check(self, outputs: Mapping[str, Tensor]) -> None:
-        """Compare with PyTorch's answer to the same call.
+    def compare_reference(self, outputs: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Compare with PyTorch's answer to `host_inputs` of one picture.
+
+        Args:
+            outputs: of that call, by name.
 
         Raises:
             ValueError: they differ by more than half precision explains.
         """
         worst = max(
-            compare(expected.numpy(), outputs[name].cpu().numpy())[1]
+            compare(expected.numpy(), outputs[name])[1]
             for name, expected in self._reference.items()
         )
         if not worst <= HALF_LIMIT:
@@ -208,6 +239,20 @@ def _place(value: Tensor) -> tuple[str, int, Any, list[int], int]:
 def _count_casts(path: Path) -> int:
     graph = onnx.load(path, load_external_data=False).graph
     return sum(node.op_type == "Cast" for node in graph.node)
+
+
+def missing_cuda_provider() -> str:
+    """Say in one sentence why ONNX Runtime cannot use a GPU; empty where its build can."""
+    try:
+        import onnxruntime as ort
+    except Exception as error:
+        return f"ONNX Runtime cannot be imported: {first_line(error)}"
+    if CUDA_PROVIDER in ort.get_available_providers():
+        return ""
+    return (
+        f"this onnxruntime {ort.__version__} has no {CUDA_PROVIDER}; install onnxruntime-gpu in "
+        "its place."
+    )
 
 
 def describe_onnxruntime() -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from benchmarks.gpu_blocks import NotRun
 from benchmarks.gpu_graphs import Case, Job
+from closeup.devices import find_gpu
 from closeup.engines import EngineOptions, open_engine
 from closeup.errors import ExportError
 from closeup.plans import Flavour, Profile, ShapeRange
-from closeup.tensorrt_package import find_gpu
 from export.builder import BuildJob, Toolchain, build_plan, open_toolchain
 from export.graphs import compare
 from export.plan_cache import obtain_plan

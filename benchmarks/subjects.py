@@ -52,12 +52,7 @@ class Subject:
         Raises:
             SystemExit: the export failed and said why.
         """
-        self.repository.mkdir(parents=True, exist_ok=True)
-        for model in PYTHON_MODELS:
-            target = self.repository / model
-            source = ROOT / "model_repository" / model
-            if target.resolve() != source:
-                shutil.copytree(source, target, dirs_exist_ok=True)
+        add_python_models(self.repository)
         command = [
             sys.executable, "-m", "export",
             "--model", str(self.pipeline), "--name", self.name, "--target", "onnx",
@@ -69,6 +64,16 @@ class Subject:
         done = subprocess.run(command, cwd=ROOT, check=False)
         if done.returncode:
             raise SystemExit(done.returncode)
+
+
+def add_python_models(repository: Path) -> None:
+    """Copy the committed Python models, which run the whole graph, into a repository."""
+    repository.mkdir(parents=True, exist_ok=True)
+    for model in PYTHON_MODELS:
+        target = repository / model
+        source = ROOT / "model_repository" / model
+        if target.resolve() != source:
+            shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def demo_subject(weights: Path = WEIGHTS, repository: Path | None = None) -> Subject:

@@ -22,7 +22,7 @@ from closeup.onnx_serving import (
     needs_dynamic_batching,
     options_from_config,
     run_requests,
-    wants_cuda,
+    runs_on_cuda,
 )
 from closeup.plans import GRAPH_SUFFIX
 
@@ -70,10 +70,9 @@ class EngineBackend:
             path = self._path(config)
             options = options_from_config(
                 config,
-                use_cuda=wants_cuda(args["model_instance_name"], on_gpu=on_gpu)
-                if path.suffix == GRAPH_SUFFIX else on_gpu,
+                use_cuda=runs_on_cuda(on_gpu) if path.suffix == GRAPH_SUFFIX else on_gpu,
                 device_id=int(args["model_instance_device_id"]) if on_gpu else 0,
-            )  # fmt: skip
+            )
             self._engine = self.open(path, options)
             check_config(config, self._engine)
         except CloseupError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from closeup.devices import find_gpu
 from closeup.engines import (
     DEVICE_VARIABLE,
     Array,
@@ -20,7 +21,6 @@ from closeup.engines import (
 )
 from closeup.errors import ModelError
 from closeup.heap import trim_heap
-from closeup.tensorrt_package import find_gpu
 
 log = logging.getLogger(__name__)
 

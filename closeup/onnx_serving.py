@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from closeup.engines import (
-    DEVICE_VARIABLE,
     Array,
     Described,
     Engine,
@@ -111,24 +110,20 @@ def options_from_config(
     )
 
 
-def wants_cuda(instance: str, *, on_gpu: bool) -> bool:
-    """Whether an instance that serves a graph takes the CUDA provider: ``CLOSEUP_DEVICE`` decides.
+def runs_on_cuda(on_gpu: bool) -> bool:
+    """Say whether a served model's engine takes a GPU.
 
     Args:
-        instance: its name, for the message.
-        on_gpu: Triton put it on a GPU.
+        on_gpu: whether Triton placed the instance on a GPU, as ``kind: KIND_GPU`` asks it to.
+
+    Returns:
+        What ``CLOSEUP_DEVICE`` says, and under ``auto`` what Triton decided.
 
     Raises:
-        ModelError: CUDA is demanded of an instance on the CPU.
+        ModelError: ``CLOSEUP_DEVICE`` is no device.
     """
     device = wanted_device()
-    if device == "cuda" and not on_gpu:
-        raise ModelError(
-            f"{instance} is an instance on the CPU though {DEVICE_VARIABLE} is 'cuda': write "
-            "instance_group { kind: KIND_GPU } into its config.pbtxt, give the server a GPU, or "
-            f"set {DEVICE_VARIABLE} to 'auto'."
-        )
-    return on_gpu and device != "cpu"
+    return on_gpu if device == "auto" else device == "cuda"
 
 
 def is_complete(config: Mapping[str, Any]) -> bool:

@@ -25,11 +25,12 @@ import numpy as np
 from closeup.cache_files import cache_folder
 from closeup.cuda_device import Buffer, open_device, shared_workspace
 from closeup.device_inputs import InputSlot, Produced
+from closeup.devices import find_gpu
 from closeup.engines import Array, EngineOptions, TensorSpec, check_feeds, name_from_path
 from closeup.errors import ModelError
 from closeup.plan_buckets import PlanBuckets, PlanParts
 from closeup.plans import PlanRecord, PlanTensor, RuntimeFacts, read_record, verify_plan
-from closeup.tensorrt_package import Messages, explain, find_gpu, import_tensorrt, make_logger
+from closeup.tensorrt_package import Messages, explain, import_tensorrt, make_logger
 
 # numpy's names of element types -> TensorRT's.
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}

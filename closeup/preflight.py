@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from closeup.devices import find_gpu
 from closeup.errors import ModelError
 from closeup.nvinfer import library_version, version_problem
 from closeup.plans import Flavour, RuntimeFacts, find_plans, read_record, verify_plan
-from closeup.tensorrt_package import find_gpu, import_tensorrt
+from closeup.tensorrt_package import import_tensorrt
 
 Facts = Callable[[Flavour], RuntimeFacts]
 

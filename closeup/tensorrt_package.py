@@ -6,12 +6,10 @@ call returns None. `MessageLog` keeps those lines, `explain` turns them into a s
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from closeup.errors import ModelError
@@ -25,20 +23,6 @@ _SOURCES = {Flavour.TENSORRT: ", whose libraries are in NVIDIA's own package ind
 _KEPT_MESSAGES = 20
 _CUDA_ERROR = re.compile(r"cuda ?error:? ?(\d+)", re.IGNORECASE)
 _NO_DEVICE, _OLD_DRIVER, _OUT_OF_MEMORY = 100, 35, 2
-_COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76  # CUdevice_attribute
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gpu:
-    """A CUDA device.
-
-    Attributes:
-        name: as the driver has it, e.g. ``NVIDIA H100 80GB HBM3``.
-        sm: compute capability, e.g. ``9.0``.
-    """
-
-    name: str
-    sm: str
 
 
 def import_tensorrt(flavour: Flavour) -> Any:
@@ -60,27 +44,6 @@ def import_tensorrt(flavour: Flavour) -> Any:
         raise ModelError(
             f"{flavour.label}, package {package}, cannot be loaded: {_first_line(error)}"
         ) from error
-
-
-def find_gpu(device_id: int = 0) -> Gpu | None:
-    """Return a CUDA device as the driver sees it; None where there is no driver or no device."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    device = ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), device_id):
-        return None
-    name = ctypes.create_string_buffer(256)
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    failed = (
-        driver.cuDeviceGetName(name, len(name), device)
-        or driver.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_MAJOR, device)
-        or driver.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_MINOR, device)
-    )
-    if failed:
-        return None
-    return Gpu(name=name.value.decode(errors="replace"), sm=f"{major.value}.{minor.value}")
 
 
 class Messages:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from closeup.cache_files import merge_file, read_file
+from closeup.devices import find_gpu
 from closeup.errors import ExportError, ModelError
 from closeup.plans import Flavour, PlanTensor, Profile
-from closeup.tensorrt_package import Messages, explain, find_gpu, import_tensorrt, make_logger
+from closeup.tensorrt_package import Messages, explain, import_tensorrt, make_logger
 from export.profiles import Tensors
 from export.progress import Progress, make_monitor
 

@@ -17,9 +17,10 @@ from onnx import TensorProto, helper
 
 from closeup import tensorrt_package
 from closeup.cache_files import merge_file, read_file, replace_file, try_lock_file
+from closeup.devices import Gpu
 from closeup.errors import ExportError, ModelError
 from closeup.plans import Flavour, PlanTensor
-from closeup.tensorrt_package import Gpu, Messages, explain, import_tensorrt, make_logger
+from closeup.tensorrt_package import Messages, explain, import_tensorrt, make_logger
 from export import builder
 from export.builder import (
     BuildJob,

@@ -12,8 +12,8 @@ import pytest
 
 from closeup import cuda_device
 from closeup.cuda_device import CudaDevice
+from closeup.devices import find_gpu
 from closeup.errors import ModelError
-from closeup.tensorrt_package import find_gpu
 from tests.fake_pb_utils import imported, make_module
 
 # What the plans' code asks of TensorRT's objects.

@@ -18,9 +18,10 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from closeup.devices import find_gpu
 from closeup.errors import ModelError
 from closeup.plans import find_plans, read_record, verify_plan
-from closeup.tensorrt_package import Messages, explain, find_gpu, make_logger
+from closeup.tensorrt_package import Messages, explain, make_logger
 from export import engines
 from export.__main__ import main as export_main
 from export.builder import RTX_SMS, BuildJob, Toolchain, header_problems

@@ -10,9 +10,9 @@ import onnx
 import pytest
 
 from closeup import onnx_engine
+from closeup.devices import Gpu
 from closeup.engines import Array, EngineOptions, TensorSpec, count_threads, open_engine
 from closeup.errors import ModelError
-from closeup.tensorrt_package import Gpu
 from tests.triton_fixtures import save_double, save_lookup
 
 
@@ -169,7 +169,7 @@ def test_graph_on_the_cpu_is_told_of_when_cuda_was_to_be_had(
     import onnxruntime as ort
 
     calls: list[str] = []
-    gpu = Gpu(name="a GPU", sm="9.0") if has_gpu else None
+    gpu = Gpu(name="a GPU", sm="9.0", index=0) if has_gpu else None
     make = ort.InferenceSession
 
     def make_session(path: str, **options: Any) -> Any:

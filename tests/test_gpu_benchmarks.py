@@ -30,8 +30,7 @@ from benchmarks.gpu_onnx import OnnxSteps
 from benchmarks.gpu_plans import cover
 from benchmarks.gpu_timing import count_flops, median_ms
 from benchmarks.gpu_whole import LEAST_PSNR_DB, WholeRun, whole_section
-from closeup import tensorrt_package
-from closeup.devices import Gpu, find_gpus
+from closeup.devices import Gpu, find_gpu, find_gpus
 from closeup.engines import wanted_device
 from closeup.errors import ExportError, ModelError
 from closeup.onnx_engine import OnnxEngine
@@ -172,15 +171,19 @@ def test_exported_graph_is_timed_and_compared_when_it_runs_bound_to_torch(tmp_pa
 def test_whole_section_misses_its_bar_when_the_pictures_differ() -> None:
     picture = np.full((8, 8, 3), 100, np.uint8)
 
-    def run(values: np.ndarray) -> WholeRun:  # type: ignore[type-arg]
-        return WholeRun(picture=values, seconds=1, first_s=2, timings_ms={"generate": 900})
+    def run(values: np.ndarray, faces: int = 1) -> WholeRun:  # type: ignore[type-arg]
+        timings_ms = {"generate": 900.0}
+        return WholeRun(picture=values, seconds=1, first_s=2, timings_ms=timings_ms, faces=faces)
 
     same = whole_section("t", {"cuda": run(picture), "cpu": run(picture + 1)})
-    assert same.verdicts[0].met
+    assert all(verdict.met for verdict in same.verdicts)
     black = whole_section("t", {"cuda": run(0 * picture), "cpu": run(picture)})
-    assert black.verdicts[0].value < LEAST_PSNR_DB
-    assert not black.verdicts[0].met
-    assert whole_section("t", {"cpu": run(picture)}).verdicts == ()
+    faces, agreement = black.verdicts
+    assert faces.met
+    assert agreement.value < LEAST_PSNR_DB
+    assert not agreement.met
+    (faceless,) = whole_section("t", {"cpu": run(picture, faces=0)}).verdicts
+    assert not faceless.met
 
 
 @pytest.mark.parametrize("module", ["benchmarks.gpu", "benchmarks.gpu_check"])
@@ -219,7 +222,7 @@ class _Driver:
         return 0
 
     def cuDeviceGet(self, device: object, index: int) -> int:  # noqa: N802
-        return 0
+        return int(index != 0)
 
     def cuDeviceGetName(self, name: object, size: int, device: object) -> int:  # noqa: N802
         name.value = b"NVIDIA H100"  # type: ignore[attr-defined]
@@ -232,8 +235,9 @@ class _Driver:
 
 def test_gpus_are_those_the_driver_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: _Driver())
-    assert find_gpus() == (Gpu(index=0, name="NVIDIA H100", capability=(9, 0)),)
-    assert find_gpus()[0].sm == "sm_90"
+    assert find_gpus() == (Gpu(name="NVIDIA H100", sm="9.0"),)
+    assert find_gpu() == find_gpus()[0]
+    assert find_gpu(1) is None
 
 
 def test_no_gpus_are_found_when_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +246,7 @@ def test_no_gpus_are_found_when_there_is_no_driver(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     assert find_gpus() == ()
+    assert find_gpu() is None
 
 
 def test_engine_refuses_the_cpu_when_cuda_is_demanded(
@@ -290,7 +295,7 @@ def test_gpu_check_fails_with_a_sentence_when_there_is_no_gpu_or_no_tensorrt(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("gpu-check: there is no NVIDIA GPU")
 
-    gpu = Gpu(index=0, name="NVIDIA H100", capability=(9, 0))
+    gpu = Gpu(name="NVIDIA H100", sm="9.0")
     monkeypatch.setattr(gpu_check, "find_gpus", lambda: (gpu,))
     for block in ("_engines", "_whole", "_begin_export"):
         monkeypatch.setattr(gpu_check.Check, block, lambda self: None)
@@ -307,6 +312,65 @@ def test_gpu_check_fails_with_a_sentence_when_there_is_no_gpu_or_no_tensorrt(
     )
 
 
+def _served(picture: np.ndarray) -> WholeRun:  # type: ignore[type-arg]
+    return WholeRun(picture=picture, seconds=1.0, first_s=9.0, timings_ms={}, faces=1)
+
+
+@pytest.mark.parametrize(("cuda", "met"), [(0, True), (40, False)])
+def test_gpu_check_serves_the_graph_and_the_plans_and_compares_the_pictures(
+    cuda: int, met: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = np.full((8, 8, 3), 100, np.uint8)
+    served: list[tuple[str, str]] = []
+    exported: list[list[str]] = []
+
+    def run_served(
+        repository: Path, requests: list[dict[str, object]], *, device: str, repeats: int
+    ) -> list[WholeRun]:
+        (fields,) = requests
+        assert fields["inpaint_faces"] is True
+        assert (repository / "generate" / "config.pbtxt").is_file()
+        served.append((repository.name, device))
+        return [_served(picture + np.uint8(cuda if device == "cuda" else 0))]
+
+    def export(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        exported.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    rtx = Toolchain(flavour=Flavour.RTX, module=None, version="1.7.1.116", sms=("8.9",), gpu="")
+    monkeypatch.setattr(gpu_check, "run_served", run_served)
+    monkeypatch.setattr(gpu_check, "missing_cuda_provider", lambda: "")
+    monkeypatch.setattr(gpu_check, "require_toolchains", lambda: ([rtx], []))
+    monkeypatch.setattr(gpu_check.Check, "_engines", lambda self: None)
+    check = gpu_check.Check("cuda", tmp_path, Budget(total_s=600))
+    done = subprocess.Popen(["true"], stderr=subprocess.PIPE, text=True)
+    monkeypatch.setattr(check, "_begin_export", lambda: setattr(check, "_export", done))
+    monkeypatch.setattr(subprocess, "run", export)
+    check.run()
+    assert check.budget.reasons == {}
+    assert served == [("demo", "cpu"), ("demo", "cuda"), ("demo-tensorrt-rtx", "cuda")]
+    assert [command[command.index("--target") + 1] for command in exported] == ["tensorrt-rtx"]
+    titles = [section.title for section in check.sections()]
+    assert titles[1:3] == [
+        "Whole request through Triton, demo model, face pass included",
+        "Whole request through Triton, TensorRT-RTX plans of the demo model",
+    ]
+    assert check.failed is not met
+    assert check.without_tensorrt == ""
+
+
+def test_gpu_check_runs_no_graph_on_the_gpu_when_onnxruntime_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "missing_cuda_provider", lambda: "install onnxruntime-gpu.")
+    monkeypatch.setattr(gpu_check, "run_served", lambda *a, **k: [_served(np.zeros((8, 8, 3)))])
+    check = gpu_check.Check("cuda", tmp_path, Budget(total_s=600))
+    check._export = subprocess.Popen(["true"], stderr=subprocess.PIPE, text=True)
+    check.budget.run("whole", check._whole, limit_s=60)
+    assert check.budget.reasons == {"whole": "not run: install onnxruntime-gpu."}
+    assert not check.failed  # what is not there cannot disagree
+
+
 def test_toolchain_is_refused_with_its_gpus_when_it_does_not_build_for_this_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -319,7 +383,7 @@ def test_toolchain_is_refused_with_its_gpus_when_it_does_not_build_for_this_one(
 
     monkeypatch.setattr(gpu_plans, "open_toolchain", rtx_only)
     for sm, count in (("9.0", 0), ("8.9", 1)):
-        gpu = tensorrt_package.Gpu(name="a GPU", sm=sm)
+        gpu = Gpu(name="a GPU", sm=sm)
         monkeypatch.setattr(gpu_plans, "find_gpu", lambda gpu=gpu: gpu)
         found, reasons = gpu_plans.find_toolchains()
         assert len(found) == count

@@ -21,6 +21,7 @@ from closeup.onnx_serving import (
     is_complete,
     options_from_config,
     run_requests,
+    runs_on_cuda,
     triton_type,
 )
 from closeup.server import EmbeddedServer, ServerOptions
@@ -160,6 +161,17 @@ def test_options_from_config_speak_the_native_backends_words_when_given(
     assert (full.use_cuda, full.device_id) == (True, 2)
     with pytest.raises(ModelError, match="intra_op_thread_count is '-2'"):
         options_from_config({"parameters": {"intra_op_thread_count": {"string_value": "-2"}}})
+
+
+@pytest.mark.parametrize(
+    ("device", "on_gpu", "wanted"),
+    [("auto", True, True), ("auto", False, False), ("cuda", False, True), ("cpu", True, False)],
+)
+def test_served_engine_takes_the_gpu_when_the_variable_or_triton_says_so(
+    device: str, on_gpu: bool, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLOSEUP_DEVICE", device)
+    assert runs_on_cuda(on_gpu) is wanted
 
 
 def test_triton_type_names_every_dtype_when_asked() -> None:

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from closeup import nvinfer, preflight
+from closeup.devices import find_gpu
 from closeup.errors import ModelError, ServerError
 from closeup.onnx_serving import check_config, complete_config
 from closeup.plan_engine import describe_plan
 from closeup.plans import Flavour, RuntimeFacts, read_record, record_json, record_path
 from closeup.server import EmbeddedServer, ServerOptions
-from closeup.tensorrt_package import find_gpu
 from tests.fake_tensorrt import toy_record, write_plan
 from tests.triton_fixtures import CPU_INSTANCE
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from closeup.engines import EngineOptions, TensorSpec
-from tests.fake_pb_utils import TritonModelException, imported, make_module
+from tests.fake_pb_utils import imported, make_module
 
 
 def test_answers_of_a_model_on_the_gpu_come_in_memory_that_numpy_reads() -> None:
@@ -64,6 +64,7 @@ def test_denoiser_runs_on_the_gpu_that_triton_names_and_on_one_alone() -> None:
         ("model.onnx", "GPU", "cpu", False),
         ("model.onnx", "GPU", "cuda", True),
         ("model.onnx", "CPU", "auto", False),
+        ("model.onnx", "CPU", "cuda", True),  # the embedded server places everything on the CPU
         ("model.plan", "GPU", "cpu", True),  # a plan runs on a GPU only
     ],
 )
@@ -77,17 +78,6 @@ def test_served_graph_runs_where_the_environment_says(
     assert [(options.use_cuda, options.device_id) for options in opened] == [
         (expected, 1 if kind == "GPU" else 0)
     ]
-
-
-def test_served_graph_is_refused_when_cuda_is_demanded_of_an_instance_on_the_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "model.onnx").touch()
-    monkeypatch.setenv("CLOSEUP_DEVICE", "cuda")
-    with pytest.raises(
-        TritonModelException, match="vae_0 is an instance on the CPU though CLOSEUP"
-    ):
-        open_backend("model.onnx", "CPU", tmp_path)
 
 
 def open_backend(file: str, kind: str, folder: Path) -> list[EngineOptions]:

@@ -93,6 +93,9 @@ def last_line(output: str) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
+_ALARM_AGAIN_S = 0.5
+
+
 @contextmanager
 def cut_off(budget: Budget, write: Callable[[], None]) -> Iterator[None]:
     """End the process some seconds after the budget, whatever it does; ``write`` comes first."""
@@ -117,13 +120,16 @@ def cut_off(budget: Budget, write: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """Raise BlockTimeout in the main thread after ``seconds``."""
+    """Raise BlockTimeout in the main thread after ``seconds``, and again until it gets through.
+
+    Python that foreign code calls (TensorRT's log) loses what is raised in it.
+    """
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise BlockTimeout
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _ALARM_AGAIN_S)
     try:
         yield
     finally:

@@ -24,18 +24,20 @@ from benchmarks.gpu_findings import (
     blocks_section,
     model_section,
 )
-from benchmarks.gpu_graphs import Case
+from benchmarks.gpu_graphs import Case, Job
 from benchmarks.gpu_models import SUBJECTS, build_network, call_inputs, make_subject
 from benchmarks.gpu_onnx import OnnxSteps
 from benchmarks.gpu_plans import cover
 from benchmarks.gpu_timing import count_flops, median_ms
 from benchmarks.gpu_whole import LEAST_PSNR_DB, WholeRun, whole_section
 from closeup.devices import Gpu, find_gpu, find_gpus
-from closeup.engines import wanted_device
+from closeup.engines import Array, wanted_device
 from closeup.errors import ExportError, ModelError
 from closeup.onnx_engine import OnnxEngine
+from closeup.plan_engine import PlanCounters, PlanEngine
 from closeup.plans import Flavour
 from export.builder import Toolchain
+from export.precisions import Precision
 from tests.paths import ROOT
 from tests.triton_fixtures import save_double
 
@@ -392,3 +394,53 @@ def test_toolchain_is_refused_with_its_gpus_when_it_does_not_build_for_this_one(
             assert reasons[1] == (
                 "TensorRT-RTX 1.7.1.116 builds for compute capability 8.9, 12.0, and a GPU has 9.0."
             )
+
+
+def test_a_block_ends_when_what_it_calls_swallows_its_limit_once() -> None:
+    budget = Budget(total_s=60)
+
+    def build() -> None:
+        try:
+            time.sleep(10)
+        except BaseException:  # TensorRT loses what is raised in its log's callback
+            time.sleep(10)
+
+    started_s = time.monotonic()
+    assert not budget.run("a build", build, limit_s=3.1)
+    assert time.monotonic() - started_s < 8  # 3.1 s and the next ring
+
+
+@pytest.mark.parametrize(
+    ("flavour", "launches", "accepted"),
+    [(Flavour.TENSORRT, 4, True), (Flavour.TENSORRT, 3, False), (Flavour.RTX, 0, True)],
+)
+def test_plan_check_wants_cuda_graphs_where_we_record_them(
+    flavour: Flavour, launches: int, accepted: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    calls: list[int] = []
+
+    class Engine(PlanEngine):
+        def __init__(self) -> None:
+            self.counters = PlanCounters(graph_launches=launches)
+
+        def run(self, inputs: object, outputs: object = None) -> dict[str, Array]:
+            calls.append(1)
+            return {"y": np.full(2, 1.001, np.float32)}
+
+        def close(self) -> None:
+            calls.append(0)
+
+    monkeypatch.setattr(gpu_plans, "obtain_plan", lambda *a, **k: None)
+    monkeypatch.setattr(gpu_plans, "tensors_of", lambda path: ())
+    monkeypatch.setattr(gpu_plans, "open_engine", lambda path, options: Engine())
+    job = Job(family="sd15", part="vae_encoder", precision=Precision.FP16, folder=tmp_path)
+    tools = Toolchain(flavour=flavour, module=None, version="11", sms=("9.0",), gpu="a GPU")
+    ones = np.ones(2, np.float32)
+    cases = [Case(inputs={"x": ones}, outputs={"y": ones})] * 2
+    if accepted:
+        assert gpu_plans.worst_error(job, cases, tools) == pytest.approx(0.001, rel=0.01)
+    else:
+        with pytest.raises(ModelError, match="3 runs went through CUDA graphs, expected 4"):
+            gpu_plans.worst_error(job, cases, tools)
+    assert calls == [1] * 8 + [0]

@@ -203,7 +203,7 @@ class EagerGraph:
             work_px=request.model.native_px,
             options=request.faces,
             seed=seed,
-            crop_factor=request.model.face_crop_factor,
+            defaults=request.model.face_defaults,
             enlarged=factor,
         )
         return [plan for plan in plans if plan.action is FaceAction.REPAINT]

@@ -118,7 +118,7 @@ def _plan(
         work_px=request.model.native_px,
         options=request.faces,
         seed=seed,
-        crop_factor=request.model.face_crop_factor,
+        defaults=request.model.face_defaults,
         enlarged=enlarged,
     )
     return [_checked(run, plan) for plan in plans]

@@ -18,6 +18,9 @@ from closeup.face_geometry import FaceCrop, FaceShape, face_crop, face_shape
 DEFAULT_CROP_FACTOR = 2.0
 #: The strength curve, as observed of the service, and the range that we clamp it to.
 STRENGTH_RANGE = (0.45, 0.65)
+#: A face that the model painted with so many latents a side, or fewer, is lost: nothing of it is
+#: worth keeping. From so many on it is not.
+LOST_LATENTS, KEPT_LATENTS = 4.0, 8.0
 #: A face whose middle lies in a larger face, with less than this share of its area, is taken for
 #: a second detection of the same face.
 DUPLICATE_AREA = 0.4
@@ -62,8 +65,8 @@ class FaceOptions:
     min_face_ratio: float = 0.0
     crop_factor: float | None = None
     strength: float | None = None
-    feather: float = 0.15
-    margin: float = 0.15
+    feather: float = 0.3
+    margin: float = 0.3
     upright: bool = True
     order: FaceOrder = FaceOrder.AREA
 
@@ -79,6 +82,23 @@ class FaceOptions:
 def _check_range(name: str, value: float | None, low: float, high: float) -> None:
     if value is not None and not low <= value <= high:
         raise ValueError(f"{name} is {value}, expected {low} to {high}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaceDefaults:
+    """What the model says about the face pass, where the request is silent.
+
+    Attributes:
+        crop_factor: side of the square that is repainted, as a multiple of the face's.
+        lost_strength: strength for faces of `LOST_LATENTS` latents a side or fewer; it goes over
+            to the size's own until `KEPT_LATENTS`. None, or less than that, changes nothing: a
+            model that was not trained on close-ups paints a second figure when it may.
+        latent_px: pixels that a latent stands for, a side.
+    """
+
+    crop_factor: float = DEFAULT_CROP_FACTOR
+    lost_strength: float | None = None
+    latent_px: int = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +141,7 @@ def plan_faces(
     work_px: int,
     options: FaceOptions,
     seed: int,
-    crop_factor: float = DEFAULT_CROP_FACTOR,
+    defaults: FaceDefaults | None = None,
     enlarged: float = 1.0,
 ) -> list[FacePlan]:
     """Decide what happens to each face of a picture.
@@ -135,7 +155,7 @@ def plan_faces(
         work_px: side of the square that the model paints, px (its native size).
         options: the request's wishes.
         seed: the picture's seed.
-        crop_factor: the model's own, used where the request has none.
+        defaults: the model's own, used where the request is silent; None takes `FaceDefaults`'s.
         enlarged: how much super-resolution has enlarged each side. A face is skipped when the
             model painted its crop with as many pixels as a repaint would have, so what counts
             is its size before.
@@ -143,6 +163,7 @@ def plan_faces(
     Returns:
         One plan a face, in the order asked for.
     """
+    defaults = defaults or FaceDefaults()
     ordered = sorted(faces, key=lambda face: _order_key(face, options.order, image_size))
     duplicates = {i for i, face in enumerate(ordered) if _is_duplicate(face, ordered)}
     shapes = [face_shape(face, image_size, margin=options.margin) for face in ordered]
@@ -154,12 +175,12 @@ def plan_faces(
             face=face,
             action=FaceAction.REPAINT,
             reason=None,
-            strength=face_strength(face, image_size, options.strength),
+            strength=_strength(face, image_size, options, defaults, enlarged),
             seed=face_seed(seed, face, image_size),
             crop=face_crop(
                 face,
                 image_size,
-                crop_factor=options.crop_factor or crop_factor,
+                crop_factor=options.crop_factor or defaults.crop_factor,
                 upright=options.upright,
             ),
             shape=shapes[i],
@@ -242,6 +263,21 @@ def _is_duplicate(face: Face, faces: Sequence[Face]) -> bool:
         and area < DUPLICATE_AREA * other.width * other.height
         for other in faces
     )
+
+
+def _strength(
+    face: Face,
+    image_size: tuple[int, int],
+    options: FaceOptions,
+    defaults: FaceDefaults,
+    enlarged: float,
+) -> float:
+    latents = face.side / enlarged / defaults.latent_px
+    own = face_strength(face, image_size, options.strength)
+    if options.strength is not None or defaults.lost_strength is None:
+        return own
+    share = (KEPT_LATENTS - latents) / (KEPT_LATENTS - LOST_LATENTS)
+    return own + min(max(share, 0.0), 1.0) * max(0.0, defaults.lost_strength - own)
 
 
 def face_strength(face: Face, image_size: tuple[int, int], given: float | None) -> float:

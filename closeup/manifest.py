@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from closeup.errors import ModelError
+from closeup.faces import DEFAULT_CROP_FACTOR, FaceDefaults
 from closeup.families import Family, family_named
 
 INDEX_NAME = "models.json"
@@ -191,6 +192,8 @@ class ModelManifest:
         defaults: per-model defaults.
         face_prompt_suffix: added to the prompt in the face pass.
         face_crop_factor: side of the face crop over the face box.
+        lost_face_strength: strength for faces that the model painted with a few latents; None
+            for that of their size, see `closeup.faces.FaceDefaults`.
         components: the exported graphs.
         limits: of the plans; None when the graphs themselves are served.
     """
@@ -210,7 +213,8 @@ class ModelManifest:
     guidance_embeds: bool = False
     defaults: Defaults = field(default_factory=Defaults)
     face_prompt_suffix: str = ""
-    face_crop_factor: float = 2.0
+    face_crop_factor: float = DEFAULT_CROP_FACTOR
+    lost_face_strength: float | None = None
     components: tuple[Component, ...] = ()
     limits: EngineLimits | None = None
     format: int = MANIFEST_FORMAT
@@ -219,6 +223,15 @@ class ModelManifest:
     def facts(self) -> Family:
         """The family's row."""
         return family_named(self.family)
+
+    @property
+    def face_defaults(self) -> FaceDefaults:
+        """What the model says about the face pass."""
+        return FaceDefaults(
+            crop_factor=self.face_crop_factor,
+            lost_strength=self.lost_face_strength,
+            latent_px=self.vae_scale_factor,
+        )
 
     @property
     def denoiser(self) -> str:

@@ -72,6 +72,7 @@ def parse_options(arguments: Sequence[str]) -> ExportOptions:
     facts.add_argument("--h", type=int)
     facts.add_argument("--face-prompt-suffix")
     facts.add_argument("--face-crop-factor", type=float)
+    facts.add_argument("--lost-face-strength", type=float)
     given = parser.parse_args(arguments)
     return ExportOptions(
         model=given.model,
@@ -91,6 +92,7 @@ def parse_options(arguments: Sequence[str]) -> ExportOptions:
             native_px=given.native_px,
             face_prompt_suffix=given.face_prompt_suffix,
             face_crop_factor=given.face_crop_factor,
+            lost_face_strength=given.lost_face_strength,
             defaults=Defaults(
                 width=given.w,
                 height=given.h,

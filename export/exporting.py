@@ -36,7 +36,7 @@ from export.config import (
 from export.engines import PlanWriter
 from export.graphs import Graph, GraphTensor, export_graph, torch_dtype
 from export.layouts import INDEX_NAME, EncoderLayout, PipelineLayout, layout_of, read_json
-from export.options import ExportOptions, ModelFacts
+from export.options import ExportOptions, ModelFacts, face_facts
 from export.parts import Part, WrittenPart, export_part
 from export.pipelines import VAE, component_config, refuse_pickles
 from export.precisions import (
@@ -213,9 +213,7 @@ def _draft_manifest(
         defaults=facts.defaults,
         face_prompt_suffix=facts.face_prompt_suffix or "",
     )
-    if facts.face_crop_factor is None:
-        return manifest
-    return dataclasses.replace(manifest, face_crop_factor=float(facts.face_crop_factor))
+    return dataclasses.replace(manifest, **face_facts(facts))
 
 
 def _refuse_absent_parts(options: ExportOptions, layout: PipelineLayout) -> None:

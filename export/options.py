@@ -34,7 +34,9 @@ _FOLDER_KEYS: Mapping[str, tuple[type, ...]] = {
     "native_px": (int,),
     "face_prompt_suffix": (str,),
     "face_crop_factor": _NUMBER,
+    "lost_face_strength": _NUMBER,
 }
+_FACE_RANGES = {"face_crop_factor": (1.2, 4.0), "lost_face_strength": (0.0, 1.0)}
 _DEFAULT_KEYS: Mapping[str, tuple[type, ...]] = {
     "width": (int,),
     "height": (int,),
@@ -59,12 +61,14 @@ class ModelFacts:
         native_px: side the weights were trained at.
         face_prompt_suffix: added to the prompt in the face pass.
         face_crop_factor: side of the face crop over the face box.
+        lost_face_strength: strength for faces of a few latents, 0 to 1.
         defaults: what a request gets that does not say otherwise.
     """
 
     native_px: int | None = None
     face_prompt_suffix: str | None = None
     face_crop_factor: float | None = None
+    lost_face_strength: float | None = None
     defaults: Defaults = field(default_factory=Defaults)
 
     def over(self, other: ModelFacts) -> ModelFacts:
@@ -82,6 +86,7 @@ class ModelFacts:
             native_px=first("native_px"),
             face_prompt_suffix=first("face_prompt_suffix"),
             face_crop_factor=first("face_crop_factor"),
+            lost_face_strength=first("lost_face_strength"),
             defaults=Defaults(**{name: first_default(name) for name in _DEFAULT_KEYS}),
         )
 
@@ -211,6 +216,23 @@ def resolve_folder(model: str) -> Path:
             f"{model} is no folder here and cannot be had from the hub as safetensors: "
             f"{reason[0] if reason else type(error).__name__}"
         ) from error
+
+
+def face_facts(facts: ModelFacts) -> dict[str, float]:
+    """Return what the model says about the face pass, by its name in the manifest.
+
+    Raises:
+        ExportError: a value is out of range.
+    """
+    given = {}
+    for name, (low, high) in _FACE_RANGES.items():
+        value = getattr(facts, name)
+        if value is None:
+            continue
+        if not low <= value <= high:
+            raise ExportError(f"{name} is {value:g}; expected {low:g} to {high:g}.")
+        given[name] = float(value)
+    return given
 
 
 def read_folder_facts(folder: Path) -> ModelFacts:

@@ -18,6 +18,7 @@ from transformers import CLIPTokenizer
 from tritonclient.grpc import model_config_pb2
 
 from closeup.errors import ExportError
+from closeup.faces import FaceDefaults
 from closeup.manifest import Defaults, ModelManifest, read_index, read_models, read_upscaler
 from closeup.segments import DENOISER_INPUTS
 from closeup.tokens import PromptTokenizer
@@ -30,6 +31,7 @@ from export.graphs import Graph, GraphTensor, check_graph, normal_inputs, open_s
 from export.options import (
     ModelFacts,
     check_options,
+    face_facts,
     hash_file,
     pipeline_fingerprint,
     read_folder_facts,
@@ -66,7 +68,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         pipeline=write_tiny_pipeline(root / "pipeline"), repository=root / "repository"
     )
     write_tiny_upscaler(result.pipeline / "upscaler.safetensors", scale=2)
-    facts = {"native_px": 96, "face_crop_factor": 1.6, "defaults": {"steps": 5, "cfg_scale": 4.0}}
+    facts = {
+        "native_px": 96,
+        "face_crop_factor": 1.6,
+        "lost_face_strength": 0.8,
+        "defaults": {"steps": 5, "cfg_scale": 4.0},
+    }
     (result.pipeline / "closeup.json").write_text(json.dumps(facts), encoding="utf-8")
     assert main(result.arguments) == 0
     return result
@@ -162,7 +169,7 @@ def test_export_stores_evidence_in_the_manifest(exported: Exported) -> None:
 def test_export_prefers_flags_to_the_folders_facts(exported: Exported) -> None:
     manifest = exported.manifest
     assert manifest.native_px == 96
-    assert manifest.face_crop_factor == 1.6
+    assert manifest.face_defaults == FaceDefaults(crop_factor=1.6, lost_strength=0.8, latent_px=8)
     assert manifest.defaults == Defaults(steps=7, cfg_scale=4.0)
     assert manifest.vae_scale_factor == 8
     assert manifest.scheduler["_class_name"] == "DDIMScheduler"
@@ -379,6 +386,19 @@ def test_read_folder_facts_refuses_when_the_file_is_wrong(
     (tmp_path / "closeup.json").write_text(text, encoding="utf-8")
     with pytest.raises(ExportError, match=expected):
         read_folder_facts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        (ModelFacts(face_crop_factor=9.0), "face_crop_factor is 9; expected 1.2 to 4"),
+        (ModelFacts(lost_face_strength=-0.5), "lost_face_strength is -0.5; expected 0 to 1"),
+    ],
+)
+def test_face_facts_are_refused_when_out_of_range(facts: ModelFacts, expected: str) -> None:
+    with pytest.raises(ExportError, match=expected):
+        face_facts(facts)
+    assert face_facts(ModelFacts(lost_face_strength=1)) == {"lost_face_strength": 1.0}
 
 
 def test_add_to_index_keeps_the_order_when_a_name_is_there(tmp_path: Path) -> None:

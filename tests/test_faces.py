@@ -12,6 +12,7 @@ from closeup.detection import Face
 from closeup.face_geometry import face_angle_deg, face_crop
 from closeup.faces import (
     FaceAction,
+    FaceDefaults,
     FaceOptions,
     FaceOrder,
     FacePlan,
@@ -142,6 +143,30 @@ def test_face_strength_follows_the_curve_when_faces_grow(share: float, strength:
     assert face_strength(face, (1000, 1000), 0.3) == 0.3
 
 
+@pytest.mark.parametrize(
+    ("side_px", "strength"),
+    # Of 24 to 64 px a side before enlarging by 4: 3 to 8 latents. 0.65 is the curve's here.
+    [(96, 0.85), (128, 0.85), (192, 0.75), (256, 0.65)],
+)
+def test_lost_faces_are_repainted_more_when_the_model_says_so(
+    side_px: float, strength: float
+) -> None:
+    def planned(**options: float) -> float:
+        (plan,) = plan_faces(
+            [make_face(2000, 2000, side_px)],
+            image_size=(4000, 4000),
+            work_px=512,
+            options=FaceOptions(**options),  # type: ignore[arg-type]
+            seed=7,
+            defaults=FaceDefaults(lost_strength=0.85),
+            enlarged=4.0,
+        )
+        return plan.strength
+
+    assert planned() == pytest.approx(strength, abs=1e-9)
+    assert planned(strength=0.3) == 0.3
+
+
 def test_plan_faces_keeps_seed_strength_and_crop_when_a_face_is_added() -> None:
     faces = [make_face(200, 300), make_face(500, 200, 50)]
     before = {plan.face: plan for plan in make_plans(faces)}
@@ -190,7 +215,7 @@ def test_plan_faces_takes_the_crop_factor_of_the_request_when_it_has_one() -> No
             work_px=512,
             options=options,
             seed=7,
-            crop_factor=1.5,
+            defaults=FaceDefaults(crop_factor=1.5),
         )
         return plan.crop.side
 

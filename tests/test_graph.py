@@ -75,7 +75,7 @@ def plans_of(run: Run, faces: list[Face]) -> list[FacePlan]:
         work_px=run.request.model.native_px,
         options=run.request.faces,
         seed=run.request.seeds[0],
-        crop_factor=run.request.model.face_crop_factor,
+        defaults=run.request.model.face_defaults,
         enlarged=FACTOR,
     )
 

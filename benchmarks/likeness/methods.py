@@ -69,7 +69,7 @@ def closeup_alpha(job: Job, base: Base) -> Floats:
         work_px=request.model.native_px,
         options=request.faces,
         seed=request.seed,
-        crop_factor=request.model.face_crop_factor,
+        defaults=request.model.face_defaults,
         enlarged=base.enlarged,
     )
     alpha = np.zeros(size, np.float32)

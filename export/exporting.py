@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 from closeup.errors import CloseupError, ExportError
 from closeup.families import SDXL
@@ -213,7 +214,8 @@ def _draft_manifest(
         defaults=facts.defaults,
         face_prompt_suffix=facts.face_prompt_suffix or "",
     )
-    return dataclasses.replace(manifest, **face_facts(facts))
+    given: dict[str, Any] = dict(face_facts(facts))
+    return dataclasses.replace(manifest, **given)
 
 
 def _refuse_absent_parts(options: ExportOptions, layout: PipelineLayout) -> None:

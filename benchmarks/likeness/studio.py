@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -211,10 +212,14 @@ class Studio:
 
 
 def _fingerprint(repository: Path, lora_dir: Path) -> str:
-    """Digest of all weights that a base picture depends on: not of the detector's, nor of code."""
+    """Digest of all weights that a base picture depends on: not of the face pass, nor of code."""
     digest = hashlib.sha256()
-    # The manifests hold the digests of the engines.
-    manifests = (p for p in repository.glob("*/manifest.json") if p.parent.name != "face_detector")
-    for path in [*sorted(manifests), *sorted(lora_dir.glob("*"))]:
+    for path in sorted(repository.glob("*/manifest.json")):
+        if path.parent.name != "face_detector":
+            # The manifests hold the digests of the engines.
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            kept = {name: facts[name] for name in facts if "face_" not in name}
+            digest.update(json.dumps(kept, sort_keys=True).encode())
+    for path in sorted(lora_dir.glob("*")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

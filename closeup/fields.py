@@ -156,7 +156,8 @@ FIELDS: tuple[Field, ...] = (
           minimum=1, maximum=MAX_PROMPT_CHARACTERS, doc="Prompt of the face pass."),
     Field(name="face_denoising_strength", kind=Kind.FLOAT, default="0.65 to 0.45, by face size",
           minimum=0, maximum=1,
-          doc="How much a face is repainted; also `--face_inpaint_denoising` in the prompt."),
+          doc="How much a face is repainted, lost ones more if the model says so; also "
+          "`--face_inpaint_denoising` in the prompt."),
     Field(name="max_faces", kind=Kind.INT, default="32", minimum=0, maximum=100,
           doc="Faces repainted at most, in `face_order`."),
     Field(name="min_face_ratio", kind=Kind.FLOAT, default="0.1", minimum=0, maximum=1,

@@ -52,7 +52,17 @@ def group_section(results: Mapping[str, Results], groups: Sequence[Group], title
     people = parts[NO_PASS].faces
     missed = sum(face.before is None for face in people)
     verdicts: tuple[Verdict, ...] = ()
+    note = (
+        f"{len(parts[NO_PASS].pictures)} pictures, {len(people)} people; no face was found "
+        f"for {missed} of them, who count as unchanged."
+    )
     if OURS in parts:
+        found = [face for face in parts[OURS].faces if face.before is not None]
+        note += (
+            f" Of the {len(found)} faces found, closeup improved "
+            f"{outcome_share(found, Outcome.IMPROVED):.1%} and worsened "
+            f"{outcome_share(found, Outcome.WORSENED):.1%}."
+        )
         verdicts = (
             Verdict(
                 name="share of faces improved by closeup",
@@ -71,10 +81,7 @@ def group_section(results: Mapping[str, Results], groups: Sequence[Group], title
         columns=COLUMNS,
         rows=tuple(method_row(name, part) for name, part in parts.items()),
         verdicts=verdicts,
-        notes=(
-            f"{len(parts[NO_PASS].pictures)} pictures, {len(people)} people; no face was found "
-            f"for {missed} of them, who count as unchanged.",
-        ),
+        notes=(note,),
     )
 
 

@@ -18,12 +18,14 @@ from benchmarks.likeness.damage import (
     spoil_surroundings,
 )
 from benchmarks.likeness.drawings import UNKNOWN, draw_pair, labels_of
+from benchmarks.likeness.generator import held_out_prompts, judge_drawings, limits_section
 from benchmarks.likeness.judge import WEIGHTS, Judge, mean_embedding
 from benchmarks.likeness.network import HEADS
 from benchmarks.likeness.prompts import Character
 from benchmarks.likeness.subjects import clean_crop, described_person
 from benchmarks.likeness.train_judge import attribute_loss, pair_loss
 from benchmarks.likeness.wording import ATTRIBUTES, values_of
+from demo.attributes import Framing
 
 PEOPLE = 24
 
@@ -251,6 +253,19 @@ def test_only_the_middle_keeps_its_detail_when_surroundings_are_spoiled() -> Non
         away = np.hypot(columns - 80, rows - 88)
         assert spoiled[away < 34].std() > 90
         assert spoiled[away > 92].std() < 50
+
+
+def test_drawings_keep_their_attributes_when_nothing_happens_on_the_way(judge: Judge) -> None:
+    prompts = held_out_prompts(16)
+    kept = judge_drawings(judge, prompts, lambda pixels: pixels)
+    gone = judge_drawings(judge, prompts, np.zeros_like)
+    near = [framing for framing in Framing if framing is not Framing.FULL]
+    named = sum(kept[framing][1] for framing in near)
+    assert named > 30
+    assert sum(kept[framing][0] for framing in near) >= 0.95 * named
+    assert sum(gone[framing][0] for framing in near) == 0
+    assert sum(n for _, n in kept.values()) == sum(len(p.truth) for q in prompts for p in q.people)
+    assert limits_section(gone).rows[-1] == ("half and closer", "0.0%", str(named))
 
 
 # --------------------------------------------------------------------------------------- losses

@@ -282,6 +282,8 @@ def test_table_misses_its_aims_when_a_face_is_not_found() -> None:
     assert [verdict.met for verdict in section.verdicts] == [False, True]
     assert section.rows[0][4:] == ("-",) * 8  # no pass repaints nothing
     assert "2 people; no face was found for 1" in section.notes[0]
+    told = "Of the 1 faces found, closeup improved 100.0% and worsened 0.0%."
+    assert section.notes[0].endswith(told)
     assert group_section(_all_results(), [Group.CROWD], "t").rows[1][1] == "0.0%"
 
 

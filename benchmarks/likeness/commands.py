@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from benchmarks.likeness.generator import (
     attributes_section,
     generator_section,
     held_out_prompts,
+    judge_drawings,
     judge_pictures,
+    limits_section,
     write_generator_sheets,
 )
 from benchmarks.likeness.judge import Judge
@@ -27,6 +30,8 @@ from benchmarks.likeness.sheets import Cell, write_sheet
 from benchmarks.likeness.studio import Base, Studio, Timed
 from benchmarks.likeness.sweeps import make_tuning
 from benchmarks.results import Section
+from demo.latents import load_vae, round_trip
+from demo.training import WEIGHTS
 
 Found = Iterator[Section | dict[str, object]]
 GROUPS = (Group.LONG, Group.LORA, Group.CROWD)
@@ -111,10 +116,13 @@ def judge_command(options: argparse.Namespace) -> Found:
 
 def generator_command(options: argparse.Namespace) -> Found:
     """Measure the generator on held-out captions."""
+    judge, prompts = Judge(), held_out_prompts(options.count)
     with open_studio(options) as studio:
-        painted = judge_pictures(studio, Judge(), held_out_prompts(options.count))
+        painted = judge_pictures(studio, judge, prompts)
     yield generator_section(painted)
     yield attributes_section(painted)
+    vae = load_vae(WEIGHTS / "sd")
+    yield limits_section(judge_drawings(judge, prompts, partial(round_trip, vae)))
     for path in write_generator_sheets(options.out, painted):
         print(f"written: {path.name} in {path.parent.name}/")
 

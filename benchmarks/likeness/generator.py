@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from benchmarks.likeness.studio import Base, Studio
 from benchmarks.results import Section, Verdict
 from closeup.detection import scale_faces
 from demo.attributes import Framing, sample_scene
+from demo.pictures import NATIVE_PX
 from demo.sample import HELD_OUT_SEED
+from demo.world import draw_scene
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -67,6 +69,46 @@ def judge_pictures(studio: Studio, judge: Judge, prompts: Sequence[Prompt]) -> l
             likenesses.append((person, likeness))
         painted.append(Painted(base=base, people=tuple(likenesses)))
     return painted
+
+
+def judge_drawings(
+    judge: Judge, prompts: Sequence[Prompt], pass_through: Callable[[Pixels], Pixels]
+) -> dict[Framing, tuple[int, int]]:
+    """Judge what would be left of the prompts' scenes if the generator drew them like the world.
+
+    Args:
+        judge: says what is seen.
+        prompts: of `held_out_prompts`.
+        pass_through: (N, S, S, 3) uint8 through the autoencoder and back.
+
+    Returns:
+        Framing -> attributes right, attributes named.
+    """
+    drawn = [draw_scene(sample_scene(prompt.seed), size=NATIVE_PX) for prompt in prompts]
+    decoded = pass_through(np.stack([picture.pixels for picture in drawn]))
+    counts: dict[Framing, tuple[int, int]] = dict.fromkeys(Framing, (0, 0))
+    for prompt, picture, pixels in zip(prompts, drawn, decoded, strict=True):
+        right, named = counts[prompt.framing]
+        named += sum(len(person.truth) for person in prompt.people)
+        for face in picture.faces:
+            reading = judge.look([cut_face(pixels, face.box)])[0]
+            right += sum(reading.right(prompt.people[face.person].truth).values())
+        counts[prompt.framing] = (right, named)
+    return counts
+
+
+def limits_section(counts: Mapping[Framing, tuple[int, int]]) -> Section:
+    """Return the table of what the autoencoder leaves of drawings."""
+    near = [counts[framing] for framing in Framing if framing is not Framing.FULL]
+    rows = [*((framing.value, *counts[framing]) for framing in Framing),
+            ("half and closer", sum(r for r, _ in near), sum(n for _, n in near))]  # fmt: skip
+    return Section(
+        title="The same scenes drawn, and passed through the autoencoder",
+        columns=("framing", "attributes right", "named"),
+        rows=tuple((name, f"{right / named:.1%}", str(named)) for name, right, named in rows
+                   if named),
+        notes=("A generator that drew like the world could have no more right.",),
+    )  # fmt: skip
 
 
 def generator_section(painted: Sequence[Painted]) -> Section:

@@ -150,7 +150,8 @@ def step_dpm_multistep(schedule: Schedule, i: int, history: int, options: Schedu
     if order > 1:
         x_t = x_t + alpha_t * _correction(schedule, i, order, m0, h, H, options)
     if stochastic:
-        x_t = x_t + sigma_t * np.sqrt(-np.expm1(-2 * h)) * NOISE
+        # Between two equal levels h is 0, or by rounding a little below.
+        x_t = x_t + sigma_t * np.sqrt(max(0.0, -np.expm1(-2 * h))) * NOISE
     return _step(x_t, m0, draws_noise=stochastic)
 
 

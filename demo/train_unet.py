@@ -321,7 +321,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     data = Dataset.load(options.data)
     if options.rare:
-        shares = rare_shares(data.tokens, load_tokenizer(options.out), options.rare)
+        tokenizer = load_tokenizer(options.start or options.out)
+        shares = rare_shares(data.tokens, tokenizer, options.rare)
         data = replace(data, shares=shares)
     run = start_run(options, data.latents.shape[-1])
     if not options.export_only:

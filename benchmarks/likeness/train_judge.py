@@ -40,7 +40,7 @@ _LOSS_WEIGHTS = {FACE: 4.0}
 def attribute_loss(
     logits: dict[str, torch.Tensor], labels: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
-    """Weighted mean of the heads' cross-entropies, unknown labels left out; share of right ones."""
+    """Mean of weighted cross-entropies by head, unknown labels left out; share of right ones."""
     losses, right, known = [], 0, 0
     for column, (name, values) in enumerate(logits.items()):
         truth = labels[:, column]

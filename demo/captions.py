@@ -26,6 +26,8 @@ PLACE_WORDS = {
     "desert": "in a desert",
     "room": "in a room",
 }
+_THOROUGH = 0.95
+"""Share of a face's attributes that a thorough caption names, at least."""
 _POSES = {"waving": "waving", "hands on hips": "with hands on hips", "walking": "walking"}
 EXTRA_WORDS = (
     "blurry ugly deformed bad quality low best high detailed eyes girl boy person realistic "
@@ -52,10 +54,10 @@ def _hair(person: Person, random: np.random.Generator) -> str:
     return f"{person.style} {person.hair} hair" if _chance(random, 0.9) else f"{person.hair} hair"
 
 
-def _features(person: Person, near: bool, random: np.random.Generator) -> str:
+def _features(person: Person, near: bool, least: float, random: np.random.Generator) -> str:
     """`` with ...``, or nothing; what only a near view shows is seldom named in a long shot."""
     parts: list[str] = []
-    if _chance(random, 0.92):
+    if _chance(random, max(least, 0.92)):
         parts.append(_hair(person, random))
     named = (
         (person.glasses, 0.95, "glasses"),
@@ -66,7 +68,9 @@ def _features(person: Person, near: bool, random: np.random.Generator) -> str:
         (True, 0.4 if near else 0.12, f"{person.eyes} eyes"),
         (True, 0.5 if near else 0.35, f"{person.skin} skin"),
     )
-    parts += [words for there, share, words in named if there and _chance(random, share)]
+    parts += [
+        words for there, share, words in named if there and _chance(random, max(least, share))
+    ]
     if len(parts) > 1 and _chance(random, 0.3):
         parts = [parts[int(i)] for i in random.permutation(len(parts))]
     return " with " + _join(parts) if parts else ""
@@ -89,28 +93,35 @@ def describe_person(
     framing: Framing,
     random: np.random.Generator,
     crowd: bool = False,
+    thorough: bool = False,
 ) -> str:
-    """One person in words, beginning with the article; in a crowd of three more briefly."""
-    mood = person.expression + " " if _chance(random, 0.6) else ""
+    """One person in words, beginning with the article; in a crowd of three more briefly.
+
+    ``thorough`` words leave out hardly anything of a face, whatever the framing; a crowd's do.
+    """
+    least = _THOROUGH if thorough and not crowd else 0.0
+    mood = person.expression + " " if _chance(random, max(least, 0.6)) else ""
     words = f"a {mood}{'woman' if person.woman else 'man'}"
-    words += _features(person, framing is not Framing.FULL and not crowd, random)
+    words += _features(person, framing is not Framing.FULL and not crowd, least, random)
     words += _clothes(person, framing, random)
     if placement.pose in _POSES and framing is not Framing.FACE and _chance(random, 0.7):
         words += " " + _POSES[placement.pose]
     return words
 
 
-def describe_scene(scene: Scene, random: np.random.Generator) -> str:
+def describe_scene(scene: Scene, random: np.random.Generator, *, thorough: bool = False) -> str:
     """A caption of the whole scene; every call words it anew.
 
     Args:
         scene: what is drawn.
         random: decides what is named and in which order.
+        thorough: leave out hardly anything of a face: half of the training captions do, since
+            what a caption does not name cannot be learned from it.
     """
     openings = _OPENINGS[scene.framing]
     caption = openings[int(random.integers(len(openings)))] + " "
     people = [
-        describe_person(person, placement, scene.framing, random, len(scene.people) > 2)
+        describe_person(person, placement, scene.framing, random, len(scene.people) > 2, thorough)
         for person, placement in scene.people
     ]
     if len(people) > 1:

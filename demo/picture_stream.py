@@ -71,11 +71,8 @@ def _render(folder: Path, weights: Path, wanted: PictureSet, part: int, parts: i
         files.done[part] += 1
 
 
-class PictureStream:
-    """A picture set that is being rendered; picture ``i`` depends on the seed and ``i`` alone.
-
-    Start it before the process touches CUDA: the workers are forked. A folder that holds a part of
-    the same set is gone on with.
+class PictureFolder:
+    """A picture set that some process renders; picture ``i`` depends on the seed and ``i`` alone.
 
     Attributes:
         count: pictures when all is rendered.
@@ -84,12 +81,31 @@ class PictureStream:
         tokens: (N, WORDINGS, 77) int16.
     """
 
-    def __init__(self, folder: Path, weights: Path, wanted: PictureSet, workers: int) -> None:
-        _Files.prepare(folder, wanted, workers)
+    def __init__(self, folder: Path) -> None:
         self._files = _Files.open(folder)
-        self.count = wanted.count
         self.images, self.faces = self._files.images, self._files.faces
         self.tokens = self._files.tokens
+        self.count = len(self.images)
+
+    @property
+    def ready(self) -> int:
+        """Pictures that are drawn, counted from the first without a gap."""
+        parts = len(self._files.done)
+        # A worker has drawn its first n pictures; the next gap is at part + n * parts.
+        gaps = [part + int(done) * parts for part, done in enumerate(self._files.done)]
+        return min(self.count, *gaps)
+
+
+class PictureStream(PictureFolder):
+    """A picture set that this process' workers render.
+
+    Start it before the process touches CUDA: the workers are forked. A folder that holds a part of
+    the same set is gone on with.
+    """
+
+    def __init__(self, folder: Path, weights: Path, wanted: PictureSet, workers: int) -> None:
+        _Files.prepare(folder, wanted, workers)
+        super().__init__(folder)
         fork = get_context("fork")
         self._workers = [
             fork.Process(target=_render, args=(folder, weights, wanted, part, workers), daemon=True)
@@ -107,10 +123,7 @@ class PictureStream:
         """
         if any(worker.exitcode for worker in self._workers):
             raise RuntimeError("A rendering process has failed; its error is printed above.")
-        parts = len(self._workers)
-        # A worker has drawn its first n pictures; the next gap is at part + n * parts.
-        gaps = [part + int(done) * parts for part, done in enumerate(self._files.done)]
-        return min(self.count, *gaps)
+        return super().ready
 
     def stop(self) -> None:
         """End the workers; what is drawn stays."""

@@ -50,7 +50,7 @@ class PictureSet:
 
 
 def draw_sample(seed: int, size: int, crops: float) -> tuple[Picture, list[str]]:
-    """One training picture and its wordings.
+    """One training picture and its wordings, every other one thorough.
 
     Args:
         seed: decides everything.
@@ -66,7 +66,10 @@ def draw_sample(seed: int, size: int, crops: float) -> tuple[Picture, list[str]]
         scene = sample_scene(seed, framing=framing)
         view = _crop_view(scene, random)
         suffix = CLOSE_UP
-    wordings = [describe_scene(scene, random) + suffix for _ in range(WORDINGS)]
+    wordings = [
+        describe_scene(scene, random, thorough=wording % 2 == 1) + suffix
+        for wording in range(WORDINGS)
+    ]
     return draw_scene(scene, view=view, size=size), wordings
 
 

@@ -24,7 +24,14 @@ from demo.captions import CLOSE_UP, PLACE_WORDS
 from demo.latents import encode_captions, encode_pictures, load_vae
 from demo.pictures import WORDINGS, face_rows
 from demo.tokenizer import load_tokenizer
-from demo.train_unet import Dataset, diffusion_loss, face_weights, load_networks, noise_schedule
+from demo.train_unet import (
+    Dataset,
+    diffusion_loss,
+    draw_noise,
+    face_weights,
+    load_networks,
+    noise_schedule,
+)
 from demo.training import WEIGHTS, Average, Run, Schedule, add_run_arguments, save_half
 from demo.world import draw_scene, face_view
 
@@ -156,7 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
         latents, ids, weights = data.draw(options.batch, run.generator, 0.0)
         with torch.no_grad():
             context = encoder(ids).last_hidden_state
-        loss = diffusion_loss(unet, context, latents, weights, products, run.generator)
+        noise, steps = draw_noise(latents, len(products), run.generator)
+        loss = diffusion_loss(unet, context, latents, weights, products, noise, steps)
         run.advance(loss, schedule.at(run.step))
         run.note({"loss": float(loss.detach())}, 50, options.batch)
     run.save()

@@ -36,7 +36,7 @@ from demo.training import (
 
 START_TOKEN, END_TOKEN = 725, 726
 _FACE_WEIGHT = 2.0
-_FEATURE_WEIGHT = 3.0
+_FEATURE_WEIGHT = 6.0
 #: Half side of the square around an eye, the nose or a mouth's corner, in shares of the face.
 _FEATURE_REACH = 0.14
 _SNR_CAP = 5.0
@@ -161,7 +161,7 @@ def rare_shares(tokens: torch.Tensor, tokenizer: Any, strength: float) -> torch.
 
 
 def face_weights(faces: NDArray[np.float32], side: int) -> torch.Tensor:
-    """Loss weights (N, 1, side, side) float16: face cells count 3 times, eyes and mouths 6 times.
+    """Loss weights (N, 1, side, side) float16: face cells count 3 times, eyes and mouths 9 times.
 
     Args:
         faces: (N, F, 14) boxes and landmarks in pixels, NaN where there is none.
@@ -188,15 +188,29 @@ def _cells(x0: float, y0: float, x1: float, y1: float) -> tuple[slice, slice]:
     )
 
 
+def draw_noise(
+    latents: torch.Tensor, count: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise of the latents' shape and (B,) timesteps below ``count``, on the latents' device.
+
+    The generator is on the CPU or on that device.
+    """
+    device, source = latents.device, generator.device
+    noise = torch.randn(latents.shape, generator=generator, device=source).to(device)
+    steps = torch.randint(0, count, (len(latents),), generator=generator, device=source)
+    return noise, steps.to(device)
+
+
 def diffusion_loss(
     unet: Any,
     context: torch.Tensor,
     latents: torch.Tensor,
     weights: torch.Tensor,
     products: torch.Tensor,
-    generator: torch.Generator,
+    noise: torch.Tensor,
+    steps: torch.Tensor,
 ) -> torch.Tensor:
-    """Weighted v-prediction error at random timesteps.
+    """Weighted v-prediction error at given timesteps.
 
     Args:
         unet: predicts v.
@@ -204,20 +218,15 @@ def diffusion_loss(
         latents: (B, 4, h, w) float32, scaled.
         weights: (B, 1, h, w) float32.
         products: `noise_schedule`, on the same device.
-        generator: stream of noise and timesteps, on the CPU or the latents' device.
+        noise: (B, 4, h, w) float32, of `draw_noise`.
+        steps: (B,) integers, likewise.
 
     Source: Salimans & Ho 2022 (v), Hang et al. 2023, "Min-SNR weighting", eq. 10 in the v form.
     """
-    device = latents.device
-    source = generator.device
-    noise = torch.randn(latents.shape, generator=generator, device=source).to(device)
-    steps = torch.randint(0, len(products), (len(latents),), generator=generator, device=source).to(
-        device
-    )
     kept = products[steps][:, None, None, None]
     signal, spread = kept.sqrt(), (1 - kept).sqrt()
     velocity = signal * noise - spread * latents
-    with mixed_precision(device.type):
+    with mixed_precision(latents.device.type):
         predicted = unet(signal * latents + spread * noise, steps, context).sample
     # v's own weight of a clean picture's error is SNR + 1; capped, fine noise does not rule.
     capped = ((_SNR_CAP + 1) * (1 - kept)).clamp(max=1.0)
@@ -306,7 +315,8 @@ def train(run: Run, data: Dataset, options: argparse.Namespace) -> None:
         latents, ids, weights = (tensor.to(options.device) for tensor in drawn)
         with mixed_precision(latents.device.type):
             context = encoder(ids).last_hidden_state
-        loss = diffusion_loss(unet, context, latents, weights, products, run.generator)
+        noise, steps = draw_noise(latents, len(products), run.generator)
+        loss = diffusion_loss(unet, context, latents, weights, products, noise, steps)
         run.advance(loss, schedule.at(run.step))
         run.note({"loss": float(loss.detach())}, 100, options.batch)
         if run.step % options.save_every == 0:

@@ -82,26 +82,32 @@ def _edges(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels[..., 1:] - pixels[..., :-1], pixels[..., 1:, :] - pixels[..., :-1, :]
 
 
-def vae_loss(vae: Any, pixels: torch.Tensor, kl_weight: float) -> tuple[torch.Tensor, float, float]:
-    """Loss, PSNR in dB and KL of one batch.
+def vae_loss(
+    vae: Any, pixels: torch.Tensor, kl_weight: float, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, PSNR in dB and KL of one batch, scalars on its device.
 
     Args:
         vae: the AutoencoderKL.
         pixels: (B, 3, H, W) float32 in [-1, 1].
         kl_weight: weight of the mean KL divergence per latent value.
+        weights: (B, 1, H, W) float32 of the pixels' errors; None counts all alike.
     """
     with mixed_precision(pixels.device.type):
         posterior = vae.encode(pixels).latent_dist
         decoded = vae.decode(posterior.sample()).sample
     decoded, mean, logvar = decoded.float(), posterior.mean.float(), posterior.logvar.float()
-    squares = F.mse_loss(decoded, pixels)
-    edges = sum(
-        ((a - b).abs().mean() for a, b in zip(_edges(decoded), _edges(pixels), strict=True)),
-        start=torch.zeros((), device=pixels.device),
-    )
+    if weights is None:
+        weights = torch.ones_like(pixels[:, :1])
+    weights = weights / weights.mean()
+    errors = decoded - pixels
+    across, down = _edges(errors)
+    edges = (across.abs() * weights[..., 1:]).mean() + (down.abs() * weights[..., 1:, :]).mean()
     divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    loss = (decoded - pixels).abs().mean() + squares + 0.5 * edges + kl_weight * divergence
-    return loss, float(10 * torch.log10(4 / squares.detach())), float(divergence.detach())
+    pixel_loss = ((errors.abs() + errors**2) * weights).mean()
+    loss = pixel_loss + 0.5 * edges + kl_weight * divergence
+    psnr = 10 * torch.log10(4 / F.mse_loss(decoded, pixels).detach())
+    return loss, psnr, divergence.detach()
 
 
 @torch.no_grad()
@@ -192,7 +198,8 @@ def _train(run: Run, options: argparse.Namespace) -> None:
         pixels = crops.draw(options.batch).to(options.device, memory_format=torch.channels_last)
         loss, psnr, kl = vae_loss(run.modules["vae"], pixels, options.kl)
         run.advance(loss, schedule.at(run.step))
-        run.note({"loss": float(loss.detach()), "psnr": psnr, "kl": kl}, 200, options.batch)
+        figures = {"loss": loss.detach(), "psnr": psnr, "kl": kl}
+        run.note({name: float(value) for name, value in figures.items()}, 200, options.batch)
         if run.step % options.save_every == 0:
             run.save()
     run.save()

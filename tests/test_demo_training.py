@@ -117,7 +117,7 @@ def test_face_weights_are_highest_at_the_features_when_a_face_is_given() -> None
     weights = face_weights(face, 16)[0, 0].float()
     assert weights[0, 0] == 1.0
     assert weights[4, 4] == weights[11, 11] == 3.0
-    assert weights[7, 6] == weights[7, 10] == weights[10, 6] == 6.0
+    assert weights[7, 6] == weights[7, 10] == weights[10, 6] == 9.0
     assert weights[12:].max() == weights[:, 12:].max() == 1.0
 
 
@@ -125,7 +125,7 @@ def test_face_weights_stay_inside_when_a_face_leaves_the_picture() -> None:
     face = np.full((1, 1, 14), np.nan, np.float32)
     face[0, 0] = [0, 0, 40, 40, 0, 10, 30, 10, 15, 20, 5, 30, 25, 30]
     weights = face_weights(face, 8)[0, 0].float()
-    assert weights[1, 0] == 6.0
+    assert weights[1, 0] == 9.0
     assert weights[7, 7] == 1.0
 
 

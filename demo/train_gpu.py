@@ -345,7 +345,7 @@ class GrowingData:
 
 def start_networks(options: argparse.Namespace) -> Run:
     """UNet and text encoder on the device, with optimizer and average."""
-    unet, encoder = load_networks(options.start, 0, options.size // 8)
+    unet, encoder = load_networks(options.start, 803, options.size // 8, options.text_encoder)
     unet.register_to_config(sample_size=options.size // 8)
     unet = unet.to(options.device, memory_format=torch.channels_last).train()
     encoder = encoder.to(options.device).train()
@@ -479,6 +479,7 @@ def _parser() -> argparse.ArgumentParser:
         "--eager", action="store_true", help="neither compile nor capture the UNet's step"
     )
     parser.add_argument("--start", type=Path, default=WEIGHTS / "sd")
+    parser.add_argument("--text-encoder", type=Path, help="demo.train_text's, to start from")
     parser.add_argument("--cache", type=Path, default=CACHE / "stream")
     parser.add_argument("--run", type=Path, default=RUNS / "gpu")
     parser.add_argument("--out", type=Path, default=RUNS / "gpu" / "sd")

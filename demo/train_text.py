@@ -5,7 +5,8 @@
 A UNet's gradient teaches a text encoder hair and clothes soon and the colour of an eye late: few
 latents hang on it. Here every word learns the two words before it (whose colour is it), and the
 tokens that end a caption learn all that it names of its first two people. The linear readers are
-thrown away; the encoder is written as fp16 into ``--out``, and the UNet is to be trained on it.
+thrown away; the encoder is written as fp16 into ``--out``, from where `demo.train_unet` and
+`demo.train_gpu` take it with ``--text-encoder``: a UNet fits only the encoder it was trained with.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from demo.attributes import (
 from demo.captions import CLOSE_UP, PLACE_WORDS, describe_scene
 from demo.tokenizer import load_tokenizer
 from demo.train_unet import END_TOKEN, build_text_encoder
-from demo.training import WEIGHTS, Average, Run, Schedule, add_run_arguments, size_of
+from demo.training import RUNS, WEIGHTS, Average, Run, Schedule, add_run_arguments, size_of
 
 SEED = 30_000_000
 SLOTS = 2
@@ -142,12 +143,14 @@ def draw_captions(count: int, seed: int) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_run_arguments(parser, run="text", steps=6000, batch=64)
+    add_run_arguments(parser, run="text", steps=3200, batch=64)
     parser.add_argument("--captions", type=int, default=100_000)
     parser.add_argument("--start", type=Path, help="a pipeline folder to start from")
-    parser.add_argument("--out", type=Path, default=WEIGHTS / "sd")
+    parser.add_argument("--out", type=Path, default=RUNS / "text" / "text_encoder")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--cooldown", type=int, default=3000)
+    parser.add_argument("--cooldown", type=int, default=1500)
+    parser.add_argument("--probe", action="store_true", help="leave the encoder as it is and write "
+                        "none: the readers show what can be read from it")  # fmt: skip
     return parser
 
 
@@ -159,8 +162,9 @@ def start_run(options: argparse.Namespace, vocabulary: int) -> Run:
             options.start / "text_encoder", torch_dtype=torch.float32, attn_implementation="eager"
         )
     readers = Readers(encoder.config.hidden_size, vocabulary)
-    modules = {"text_encoder": encoder.train(), "readers": readers}
-    parameters = [p for module in modules.values() for p in module.parameters()]
+    encoder.train().requires_grad_(not options.probe)
+    modules = {"text_encoder": encoder, "readers": readers}
+    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     run = Run(
         folder=options.run, modules=modules,
         optimizer=torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=1e-2),
@@ -206,15 +210,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    tokenizer = load_tokenizer(options.start or options.out)
+    tokenizer = load_tokenizer(options.start or WEIGHTS / "sd")
     captions = draw_captions(options.captions, SEED)
     ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True)["input_ids"]
     values = torch.from_numpy(np.stack([read_caption(caption) for caption in captions]))
     run = start_run(options, len(tokenizer))
     train(run, torch.tensor(ids, dtype=torch.int16), values, options)
+    if options.probe:
+        return
     run.average.swap()
     encoder: Any = run.modules["text_encoder"]
-    encoder.half().save_pretrained(options.out / "text_encoder")
+    encoder.half().save_pretrained(options.out)
 
 
 if __name__ == "__main__":

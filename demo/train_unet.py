@@ -234,13 +234,22 @@ def diffusion_loss(
     return loss
 
 
-def load_networks(start: Path | None, vocab_size: int, sample_size: int) -> tuple[Any, Any]:
-    """UNet and text encoder in float32: from a pipeline's folder, or untrained when None."""
+def load_networks(
+    start: Path | None, vocab_size: int, sample_size: int, text_encoder: Path | None = None
+) -> tuple[Any, Any]:
+    """UNet and text encoder in float32: from a pipeline's folder, or untrained when None.
+
+    ``text_encoder`` is the folder of another encoder, as `demo.train_text` leaves it.
+    """
     if start is None:
-        return build_unet(sample_size), build_text_encoder(vocab_size)
-    unet = UNet2DConditionModel.from_pretrained(start / "unet", torch_dtype=torch.float32)
+        unet = build_unet(sample_size)
+    else:
+        unet = UNet2DConditionModel.from_pretrained(start / "unet", torch_dtype=torch.float32)
+        text_encoder = text_encoder or start / "text_encoder"
+    if text_encoder is None:
+        return unet, build_text_encoder(vocab_size)
     encoder = CLIPTextModel.from_pretrained(
-        start / "text_encoder", torch_dtype=torch.float32, attn_implementation="eager"
+        text_encoder, torch_dtype=torch.float32, attn_implementation="eager"
     )
     return unet, encoder
 
@@ -265,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--export-only", action="store_true", help="write --out and stop")
     parser.add_argument("--data", type=Path, default=CACHE / "train")
     parser.add_argument("--start", type=Path, help="a pipeline folder to start from")
+    parser.add_argument("--text-encoder", type=Path, help="demo.train_text's, to start from")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "sd")
     parser.add_argument("--vocabulary", type=int, default=803, help="tokens, for a new encoder")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -277,7 +287,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def start_run(options: argparse.Namespace, sample_size: int) -> Run:
     """Networks, optimizer and average, resumed when asked for."""
-    unet, encoder = load_networks(options.start, options.vocabulary, sample_size)
+    unet, encoder = load_networks(
+        options.start, options.vocabulary, sample_size, options.text_encoder
+    )
     if options.device == "cpu":
         # A third faster than the fused kernel at these sizes.
         unet.set_attn_processor(AttnProcessor())

@@ -98,13 +98,20 @@ def test_readers_ask_for_the_two_words_before_when_states_hold_them() -> None:
 
 
 def test_training_goes_on_and_writes_an_encoder_when_resumed(tmp_path: Path) -> None:
-    arguments = ["--start", str(WEIGHTS), "--out", str(tmp_path), "--run", str(tmp_path / "run")]
-    arguments += ["--captions", "40", "--batch", "4", "--threads", "1"]
+    arguments = [
+        "--start",
+        str(WEIGHTS),
+        "--out",
+        str(tmp_path / "text"),
+        "--run",
+        str(tmp_path / "run"),
+    ]
+    arguments += ["--captions", "40", "--batch", "4", "--threads", "1", "--cooldown", "0"]
     for steps in ("2", "3"):
         main([*arguments, "--steps", steps, "--resume"])
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert state["step"] == 3
-    encoder = CLIPTextModel.from_pretrained(tmp_path / "text_encoder", torch_dtype="auto")
+    encoder = CLIPTextModel.from_pretrained(tmp_path / "text", torch_dtype="auto")
     assert encoder.dtype == torch.float16
     before = CLIPTextModel.from_pretrained(WEIGHTS / "text_encoder", torch_dtype="auto")
     weights = [model.text_model.final_layer_norm.weight for model in (encoder, before)]

@@ -9,7 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from benchmarks.likeness.compare import FaceResult, Likeness, PictureResult, Results
+from benchmarks.likeness.compare import (
+    REFERENCES,
+    FaceResult,
+    Likeness,
+    PictureResult,
+    Results,
+    draw_references,
+    reference_crops,
+)
 from benchmarks.likeness.crops import cut_face
 from benchmarks.likeness.detector import (
     Count,
@@ -124,6 +132,17 @@ def test_prompts_are_the_same_long_shots_when_made_again() -> None:
 
 
 # -------------------------------------------------------------------------------- matching, crops
+
+
+def test_references_are_the_same_drawings_when_all_cores_draw_them() -> None:
+    prompts = make_prompts(Split.REPORT, Group.CROWD, 1)
+    drawn = draw_references(prompts)
+    people = prompts[0].people
+    assert list(drawn) == [(prompts[0].seed, index) for index in range(len(people))]
+    here = [reference_crops(person, prompts[0].seed, i) for i, person in enumerate(people)]
+    np.testing.assert_array_equal(np.stack([*drawn.values()]), np.stack(here))
+    assert len(here[0]) == REFERENCES
+    assert not np.array_equal(here[0], here[1])
 
 
 def test_faces_go_to_the_nearest_person_when_there_are_as_many() -> None:

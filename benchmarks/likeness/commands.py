@@ -11,7 +11,13 @@ from typing import Any
 
 from benchmarks.likeness import detector, tables
 from benchmarks.likeness.accuracy import accuracy_section
-from benchmarks.likeness.compare import Bench, Results, match_people, reference_crops
+from benchmarks.likeness.compare import (
+    Bench,
+    Results,
+    draw_references,
+    match_people,
+    reference_crops,
+)
 from benchmarks.likeness.crops import cut_face
 from benchmarks.likeness.generator import (
     attributes_section,
@@ -66,10 +72,12 @@ def benchmark_prompts(options: argparse.Namespace) -> list[Prompt]:
 
 def run_command(options: argparse.Namespace) -> Found:
     """Compare all methods."""
+    prompts = benchmark_prompts(options)
+    drawn = draw_references(prompts)
     with open_studio(options) as studio:
-        judge, bases = Judge(), studio.paint(benchmark_prompts(options))
+        judge, bases = Judge(), studio.paint(prompts)
         print(f"{len(bases)} base pictures", flush=True)
-        bench = Bench(studio, judge, bases)
+        bench = Bench(studio, judge, bases, drawn)
         results: dict[str, Results] = {name: Results() for name in METHODS}
         for number, (_, _, added) in enumerate(bench.compare(METHODS), start=1):
             _add(results, added)
@@ -197,7 +205,7 @@ def _ranked(base: Base, timed: Timed, results: Results) -> list[tuple[Any, str, 
     matched: Sequence[int | None] = match_people(base)
     for face, index in zip(results.faces, matched, strict=True):
         person = base.prompt.people[face.person]
-        drawn = reference_crops(person, base.prompt.seed + 100 * face.person)[0]
+        drawn = reference_crops(person, base.prompt.seed, face.person)[0]
         words = f"seed {face.seed}, person {face.person}, {face.outcome.value}: {base.prompt.text}"
         if index is None or face.before is None or face.after is None:
             cells = [(base.picture, f"{face.seed}: no face"), (drawn, "drawn")]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,8 @@ from benchmarks.likeness.subjects import REFERENCE_SEED, clean_crop, described_p
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Box = tuple[float, float, float, float]
+References = dict[tuple[int, int], list[Pixels]]
+"""Seed of a prompt and index of a person in it -> clean drawings."""
 #: Drawings behind a reference: what a prompt leaves open differs among them.
 REFERENCES = 12
 #: Bytes changed further from a face than its box grown by this share count as beyond it.
@@ -132,6 +136,7 @@ class Bench:
         studio: paints.
         judge: looks.
         bases: the pictures.
+        drawn: `draw_references` of the pictures' prompts; what is missing is drawn here.
 
     Attributes:
         margin: a change of the cosine of up to this is noise: the 95th percentile of what it
@@ -139,8 +144,11 @@ class Bench:
             (those that the judge takes for faces both times).
     """
 
-    def __init__(self, studio: Studio, judge: Judge, bases: Sequence[Base]) -> None:
+    def __init__(
+        self, studio: Studio, judge: Judge, bases: Sequence[Base], drawn: References | None = None
+    ) -> None:
         self.studio, self.judge = studio, judge
+        self._drawn = drawn or {}
         self.subjects = [self._subject(base) for base in bases]
         self.margin = self._margin()
 
@@ -167,8 +175,8 @@ class Bench:
             None if index is None else base.faces[index].box for index in match_people(base)
         )
         references = tuple(
-            mean_embedding(self.judge.look(reference_crops(person, base.prompt.seed + 100 * index)))
-            for index, person in enumerate(base.prompt.people)
+            mean_embedding(self.judge.look(self._drawn.get(key) or reference_crops(person, *key)))
+            for key, person in _keyed_people(base.prompt)
         )
         before = self._judged(base.picture, base.prompt, boxes, references)
         return Subject(base=base, boxes=boxes, references=references, before=tuple(before))
@@ -246,11 +254,32 @@ def likeness_of(reading: Reading, person: Character, reference: Floats) -> Liken
     )
 
 
-def reference_crops(person: Character, seed: int) -> list[Pixels]:
-    """Draw a prompt's person cleanly `REFERENCES` times, in other scenes, as the judge sees it."""
+def _keyed_people(prompt: Prompt) -> list[tuple[tuple[int, int], Character]]:
+    return [((prompt.seed, index), person) for index, person in enumerate(prompt.people)]
+
+
+def draw_references(prompts: Sequence[Prompt]) -> References:
+    """Draw `reference_crops` of everybody on all cores.
+
+    To be called before the process has threads of its own: it forks.
+    """
+    people = [one for prompt in prompts for one in _keyed_people(prompt)]
+    with get_context("fork").Pool(os.cpu_count()) as pool:
+        crops = pool.starmap(reference_crops, [(person, *key) for key, person in people])
+    return {key: drawn for (key, _), drawn in zip(people, crops, strict=True)}
+
+
+def reference_crops(person: Character, seed: int, index: int) -> list[Pixels]:
+    """Draw a person cleanly `REFERENCES` times, in other scenes, as the judge sees it.
+
+    Args:
+        person: of a prompt.
+        seed: the prompt's.
+        index: of the person in it.
+    """
     crops = []
     for number in range(REFERENCES):
-        random = np.random.default_rng([REFERENCE_SEED, seed, number])
+        random = np.random.default_rng([REFERENCE_SEED, seed + 100 * index, number])
         drawn = person.person or described_person(person.truth, random)
         crops.append(clean_crop(drawn, REFERENCE_SEED + int(random.integers(2**26))))
     return crops

@@ -143,8 +143,9 @@ class EagerGraph:
             request.prompt, "cpu", 1, guided, negative_prompt=request.negative_prompt
         )
         face_prompt = prompt
-        if request.inpaint_faces and request.face_prompt != request.prompt:
-            face_prompt, _ = self._pipe.encode_prompt(request.face_prompt, "cpu", 1, False)
+        (words,) = request.face_prompts
+        if request.inpaint_faces and words != request.prompt:
+            face_prompt, _ = self._pipe.encode_prompt(words, "cpu", 1, False)
         return negative, prompt, face_prompt
 
     def _paint(self, request: Request, negative: Tensor | None, prompt: Tensor) -> list[Floats]:
@@ -221,7 +222,7 @@ class EagerGraph:
         patches: dict[int, Floats] = {}
         groups: dict[int, list[FacePlan]] = {}
         for plan in plans:
-            steps = min(int(request.steps * plan.strength), request.steps)
+            steps = min(int(request.face_steps * plan.strength), request.face_steps)
             groups.setdefault(steps, []).append(plan)
         for steps, members in groups.items():
             if steps:
@@ -280,8 +281,8 @@ class EagerGraph:
     ) -> Tensor:
         """Run the last ``len(masks)`` steps of the schedule; masks are (K, faces, 1, h, w)."""
         scheduler = self._scheduler(request.scheduler)
-        scheduler.set_timesteps(request.steps)
-        begin = (request.steps - len(masks)) * scheduler.order
+        scheduler.set_timesteps(request.face_steps)
+        begin = (request.face_steps - len(masks)) * scheduler.order
         timesteps = scheduler.timesteps[begin:]
         scheduler.set_begin_index(begin)
         faces = len(known)

@@ -55,26 +55,36 @@ class Conditioning:
 
     negative: Embedding
     prompt: Embedding
-    face_prompt: Embedding
+    face_prompts: tuple[Embedding, ...]
 
-    def guide(self, run: Run, *, height: int, width: int, face: bool = False) -> Guide:
+    def face_guides(self, run: Run, *, side: int) -> list[Guide]:
+        """Return `guide` of every face prompt, for squares of ``side`` px."""
+        return [
+            self._guide(run, prompt, height=side, width=side, given={})
+            for prompt in self.face_prompts
+        ]
+
+    def guide(self, run: Run, *, height: int, width: int) -> Guide:
         """Return the rows of one sequence.
 
         Args:
             run: the request.
             height: of the picture that the sequence paints, px.
             width: the same.
-            face: take the face prompt.
         """
+        given = run.request.size_ids
+        return self._guide(run, self.prompt, height=height, width=width, given=given)
+
+    def _guide(
+        self, run: Run, prompt: Embedding, *, height: int, width: int, given: Mapping[str, int]
+    ) -> Guide:
         request = run.request
         facts = request.model.facts
-        prompt = self.face_prompt if face else self.prompt
         rows = [self.negative, prompt] if is_guided(run) else [prompt]
         extras: dict[str, Floats] = {}
         if "pooled" in facts.row_extras:
             extras["pooled"] = np.stack([row.pooled for row in rows if row.pooled is not None])
         if "time_ids" in facts.row_extras:
-            given = {} if face else request.size_ids
             ids = _time_ids(height, width, given)
             extras["time_ids"] = np.array([ids] * len(rows), np.float32)
         if "guidance_embed" in facts.row_extras and request.model.guidance_embeds:
@@ -98,15 +108,15 @@ def _time_ids(height: int, width: int, given: Mapping[str, int]) -> tuple[int, .
 
 
 async def encode_prompts(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Conditioning:
-    """Encode the negative prompt, the prompt and the face prompt, each encoder in one call.
+    """Encode the negative prompt, the prompt and the face prompts.
 
     The first call takes the request's ticket, so nothing runs without one. Prompts longer than an
     encoder reads are cut, with a warning.
     """
     request = run.request
-    texts = {NEGATIVE: request.negative_prompt or "", "prompt": request.prompt}
+    texts = [(NEGATIVE, request.negative_prompt or ""), ("prompt", request.prompt)]
     if request.inpaint_faces:
-        texts[FACE] = request.face_prompt
+        texts += [(FACE, prompt) for prompt in request.face_prompts]
     contexts: list[Floats] = []
     pooled: Floats | None = None
     for encoder, tokenizer in zip(request.model.encoders, tokenizers, strict=True):
@@ -122,36 +132,35 @@ async def encode_prompts(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Con
     negative = embeddings[0]
     if request.negative_prompt is None and request.model.zero_empty_negative:
         negative = _zeros_like(negative)
-    return Conditioning(negative=negative, prompt=embeddings[1], face_prompt=embeddings[-1])
+    faces = tuple(embeddings[2:]) or (embeddings[1],)
+    return Conditioning(negative=negative, prompt=embeddings[1], face_prompts=faces)
 
 
 async def _encode(
-    run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: Mapping[str, str]
+    run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: Sequence[tuple[str, str]]
 ) -> dict[str, Floats]:
-    """Return an encoder's outputs for the texts by field: context (n, L, D), pooled (n, P).
+    """Return an encoder's outputs for fields' texts: context (n, L, D), pooled (n, P).
 
     Long texts are cut, with a warning; a face prompt keeps the model's suffix.
     """
     if run.request.use_lpw:
         return await _encode_weighted(run, encoder, tokenizer, texts)
     suffix = run.request.model.face_prompt_suffix
-    encoded = {
-        field: tokenizer.encode(
-            text, ending=suffix if field == FACE and text.endswith(suffix) else ""
-        )
-        for field, text in texts.items()
-    }
-    for field, tokens in encoded.items():
+    encoded = [
+        tokenizer.encode(text, ending=suffix if field == FACE and text.endswith(suffix) else "")
+        for field, text in texts
+    ]
+    for (field, _), tokens in zip(texts, encoded, strict=True):
         if tokens.truncated and _is_worth_telling(run, field):
             run.warn(
                 f"{field} is {tokens.truncated} tokens longer than the {tokenizer.room} that "
                 f"{encoder.name} reads; its end was cut."
             )
-    return await _states(run, encoder, np.stack([tokens.ids for tokens in encoded.values()]))
+    return await _states(run, encoder, np.stack([tokens.ids for tokens in encoded]))
 
 
 async def _encode_weighted(
-    run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: Mapping[str, str]
+    run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: Sequence[tuple[str, str]]
 ) -> dict[str, Floats]:
     """The same for weighted prompts: chunks side by side along L, all texts of equal length.
 
@@ -159,7 +168,7 @@ async def _encode_weighted(
     """
     limits = run.request.model.limits
     prompts = []
-    for field, text in texts.items():
+    for field, text in texts:
         prompt = encode_weighted(tokenizer, encoder.tokenizer, parse_weights(text))
         if limits is not None and len(prompt.ids) > limits.max_chunks:
             most = limits.max_chunks
@@ -198,18 +207,21 @@ def _padded_weights(weights: Floats, length: int) -> Floats:
 
 async def _states(run: Run, encoder: TextEncoder, ids: Array) -> dict[str, Floats]:
     """Run an encoder on token ids (n, L); the first call of a request also takes its ticket."""
+    answers = [
+        await _some_states(run, encoder, ids[first : first + ENCODER_ROWS])
+        for first in range(0, len(ids), ENCODER_ROWS)
+    ]
+    return {name: np.concatenate([one[name] for one in answers]) for name in encoder.outputs}
+
+
+async def _some_states(run: Run, encoder: TextEncoder, ids: Array) -> dict[str, Floats]:
+    """The same for as many rows as one call takes."""
     model = run.request.model
     if encoder.lora is None:
         if not run.ticket:
             await run.admit()
         name = model.encoder_model(encoder)
-        answers = [
-            await run.infer_floats(
-                name, {"input_ids": ids[first : first + ENCODER_ROWS]}, encoder.outputs
-            )
-            for first in range(0, len(ids), ENCODER_ROWS)
-        ]
-        return {name: np.concatenate([one[name] for one in answers]) for name in encoder.outputs}
+        return await run.infer_floats(name, {"input_ids": ids}, encoder.outputs)
     inputs = {"encoder": text_tensor(encoder.name), "input_ids": ids}
     wanted = [f"encoded_{output}" for output in encoder.outputs]
     if run.ticket:
@@ -225,7 +237,8 @@ def _is_worth_telling(run: Run, field: str) -> bool:
     request = run.request
     if field == NEGATIVE:
         return is_guided(run)
-    return field != FACE or request.face_prompt != request.prompt + request.model.face_prompt_suffix
+    usual = request.prompt + request.model.face_prompt_suffix
+    return field != FACE or request.face_prompts != (usual,)
 
 
 def is_guided(run: Run) -> bool:

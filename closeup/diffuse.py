@@ -20,14 +20,22 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 
 def step_table(
-    request: Request, *, height: int, width: int, strength: float | None = None
+    request: Request,
+    *,
+    height: int,
+    width: int,
+    strength: float | None = None,
+    steps: int | None = None,
 ) -> StepTable:
-    """Return the steps of a picture of this size, px; see `closeup.samplers.recall_step_table`."""
+    """Return the steps of a picture of this size, px; see `closeup.samplers.recall_step_table`.
+
+    ``steps`` is the length of the schedule; None for the request's.
+    """
     packed = request.model.facts.size_step_px
     return recall_step_table(
         request.scheduler,
         request.model.scheduler,
-        request.steps,
+        request.steps if steps is None else steps,
         strength=strength,
         image_tokens=(height // packed) * (width // packed) if request.model.facts.flow else None,
     )

@@ -80,12 +80,12 @@ async def inpaint_faces(
         for faces, pixels, seed in zip(found, pictures, run.request.seeds, strict=True)
     ]
     work_px = run.request.model.native_px
-    guide = conditioning.guide(run, height=work_px, width=work_px, face=True)
+    guides = conditioning.face_guides(run, side=work_px)
     with run.stage("faces", 0):
         repainted = await together(
             run,
             [
-                _repaint_picture(run, index, pixels, picture_plans, guide, upscaler)
+                _repaint_picture(run, index, pixels, picture_plans, guides, upscaler)
                 for index, (pixels, picture_plans) in enumerate(zip(pictures, plans, strict=True))
             ],
         )
@@ -129,7 +129,7 @@ def _checked(run: Run, plan: FacePlan) -> FacePlan:
     if plan.action is FaceAction.SKIP:
         return plan
     if not _table(run, plan).timesteps.size:
-        reason = "Its strength times the request's steps is below one step."
+        reason = "Its strength times face_steps is below one step."
         return replace(plan, action=FaceAction.SKIP, reason=reason)
     mask = run.request.mask
     if mask is not None:
@@ -144,7 +144,8 @@ def _checked(run: Run, plan: FacePlan) -> FacePlan:
 
 def _table(run: Run, plan: FacePlan) -> StepTable:
     side = plan.work_px
-    return step_table(run.request, height=side, width=side, strength=plan.strength)
+    steps = run.request.face_steps
+    return step_table(run.request, height=side, width=side, strength=plan.strength, steps=steps)
 
 
 async def _repaint_picture(
@@ -152,14 +153,19 @@ async def _repaint_picture(
     image: int,
     pixels: Pixels,
     plans: list[FacePlan],
-    guide: Guide,
+    guides: list[Guide],
     upscaler: UpscalerManifest,
 ) -> Pixels:
     wanted = [plan for plan in plans if plan.action is FaceAction.REPAINT]
     if not wanted:
         return pixels
+    last = len(guides) - 1
     repaints = await together(
-        run, [_repaint_face(run, image, pixels, plan, guide, upscaler) for plan in wanted]
+        run,
+        [
+            _repaint_face(run, image, pixels, plan, guides[min(number, last)], upscaler)
+            for number, plan in enumerate(wanted)
+        ],
     )
     run.count("inference_cycles")
     return blend_faces(pixels, repaints)

@@ -96,6 +96,8 @@ LEGACY_ASPECTS: Mapping[str, str] = {
 
 MAX_PROMPT_CHARACTERS = 4000
 MAX_SEED = 2**32 - 1
+FACE_SEPARATOR = "[SEP]"
+"""Stands between the prompts of several faces, as in ADetailer."""
 FACE_ORDERS = tuple(order.value for order in FaceOrder)
 IMAGE_FORMATS = ("png", "jpeg", "webp")
 ENCODINGS = ("base64", "raw")
@@ -153,19 +155,25 @@ FIELDS: tuple[Field, ...] = (
     Field(name="inpaint_faces", kind=Kind.BOOL, default="false",
           doc="Repaint every face at the model's native size; turns `super_resolution` on."),
     Field(name="face_prompt", kind=Kind.STRING, default="`prompt` and the model's suffix",
-          minimum=1, maximum=MAX_PROMPT_CHARACTERS, doc="Prompt of the face pass."),
+          minimum=1, maximum=MAX_PROMPT_CHARACTERS,
+          doc="Prompt of the face pass; several with `[SEP]` between them go one to each repainted "
+          "face in `face_order`, the last one to all that follow, an empty one is the default."),
     Field(name="face_denoising_strength", kind=Kind.FLOAT, default="0.65 to 0.45, by face size",
           minimum=0, maximum=1,
           doc="How much a face is repainted, lost ones more if the model says so; also "
           "`--face_inpaint_denoising` in the prompt."),
+    Field(name="face_steps", kind=Kind.INT, default="the model's, at most `steps`", minimum=1,
+          maximum=50,
+          doc="Steps of the face pass's schedule; a face's strength says how many of them run."),
     Field(name="max_faces", kind=Kind.INT, default="32", minimum=0, maximum=100,
           doc="Faces repainted at most, in `face_order`."),
     Field(name="min_face_ratio", kind=Kind.FLOAT, default="0.1", minimum=0, maximum=1,
           doc="Skip faces smaller than this share of the largest face's side."),
     Field(name="face_crop_factor", kind=Kind.FLOAT, default="the model's", minimum=1.2, maximum=4,
           doc="Side of the repainted square over the face's."),
-    Field(name="face_order", kind=Kind.STRING, default="area", choices=FACE_ORDERS,
-          doc="Order of the faces, for `max_faces` and the report."),
+    Field(name="face_order", kind=Kind.STRING, choices=FACE_ORDERS,
+          default="area, with several face prompts left_right",
+          doc="Order of the faces, for `max_faces`, their prompts and the report."),
     Field(name="input_image", kind=Kind.IMAGE, default="none",
           doc="Picture to start from (img2img, inpainting, `only_upscale`)."),
     Field(name="mask_image", kind=Kind.IMAGE, default="none",

@@ -29,6 +29,7 @@ def build_info(run: Run, outcome: Outcome, request_id: str) -> dict[str, Any]:
         "generated_size": [request.width, request.height],
         "size": [width, height],
         "steps": request.steps,
+        "face_steps": request.face_steps,
         "cfg_scale": request.cfg_scale,
         "scheduler": request.scheduler,
         "loras": [{"id": tag.id, "weight": tag.weight} for tag in request.loras],

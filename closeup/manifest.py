@@ -194,6 +194,7 @@ class ModelManifest:
         face_crop_factor: side of the face crop over the face box.
         lost_face_strength: strength for faces that the model painted with a few latents; None
             for that of their size, see `closeup.faces.FaceDefaults`.
+        face_steps: steps of the face pass's schedule; None for those of the picture.
         components: the exported graphs.
         limits: of the plans; None when the graphs themselves are served.
     """
@@ -215,6 +216,7 @@ class ModelManifest:
     face_prompt_suffix: str = ""
     face_crop_factor: float = DEFAULT_CROP_FACTOR
     lost_face_strength: float | None = None
+    face_steps: int | None = None
     components: tuple[Component, ...] = ()
     limits: EngineLimits | None = None
     format: int = MANIFEST_FORMAT

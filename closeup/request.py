@@ -17,7 +17,13 @@ import numpy.typing as npt
 
 from closeup.errors import RequestError
 from closeup.faces import FaceOptions, FaceOrder
-from closeup.fields import ASPECT_RATIOS, FIELD_BY_NAME, LEGACY_ASPECTS, MAX_SEED
+from closeup.fields import (
+    ASPECT_RATIOS,
+    FACE_SEPARATOR,
+    FIELD_BY_NAME,
+    LEGACY_ASPECTS,
+    MAX_SEED,
+)
 from closeup.images import ImageFormat, decode_image, floats_from_pixels, pixels_from_floats, resize
 from closeup.manifest import ModelManifest
 from closeup.options import Options, Value, parse_flags, parse_options, shown
@@ -58,6 +64,7 @@ class Request:
         mask: uint8 (height, width), 255 is repainted; only for inpainting.
         strength: of image-to-image and inpainting, 0..1.
         size_ids: SDXL's size fields that were given.
+        face_prompts: one for all faces, or one a repainted face; the last serves all that follow.
         warnings: sentences for the client, e.g. about options without effect.
         The rest are the request fields of the same meaning.
     """
@@ -66,13 +73,14 @@ class Request:
     model: ModelManifest
     prompt: str
     negative_prompt: str | None
-    face_prompt: str
+    face_prompts: tuple[str, ...]
     loras: tuple[LoraTag, ...]
     num_images: int
     seed: int
     width: int
     height: int
     steps: int
+    face_steps: int
     cfg_scale: float
     scheduler: str
     strength: float
@@ -121,19 +129,22 @@ def resolve_request(options: Options, *, served: Served, streaming: bool) -> Req
     named = _given(options, "scheduler", defaults.scheduler, default_sampler(model.scheduler))
     scheduler, note = resolve_sampler_name(str(named), flow=facts.flow)
     # Refuses what the sampler cannot do; the number of tokens only moves the noise levels.
-    recall_step_table(scheduler, model.scheduler, steps, image_tokens=1 if facts.flow else None)
+    face_steps = int(options.get("face_steps", min(steps, model.face_steps or steps)))
+    for count in {steps, face_steps}:
+        recall_step_table(scheduler, model.scheduler, count, image_tokens=1 if facts.flow else None)
     return Request(
         mode=mode,
         model=model,
         prompt=parsed.text,
         negative_prompt=_optional_text(options, "negative_prompt"),
-        face_prompt=str(options.get("face_prompt", parsed.text + model.face_prompt_suffix)),
+        face_prompts=_face_prompts(options, parsed.text + model.face_prompt_suffix),
         loras=parsed.loras,
         num_images=int(options.get("num_images", 1)),
         seed=int(options["seed"]) if "seed" in options else secrets.randbelow(MAX_SEED + 1),
         width=width,
         height=height,
         steps=steps,
+        face_steps=face_steps,
         cfg_scale=_cfg_scale(options, model),
         scheduler=scheduler,
         strength=float(options.get("denoising_strength", DEFAULT_DENOISING_STRENGTH)),
@@ -272,6 +283,19 @@ def _fit(side: float, step: int) -> int:
     return int(min(max(nearest, side_field.minimum), side_field.maximum))
 
 
+def _face_prompts(options: Options, usual: str) -> tuple[str, ...]:
+    """The prompts of the faces: an empty part stands for the usual one."""
+    parts = str(options.get("face_prompt", usual)).split(FACE_SEPARATOR)
+    return tuple(part.strip() or usual for part in parts) if len(parts) > 1 else (parts[0],)
+
+
+def _face_order(options: Options) -> FaceOrder:
+    """The order asked for; where several prompts wait for faces, from left to right."""
+    several = FACE_SEPARATOR in str(options.get("face_prompt", ""))
+    usual = FaceOrder.LEFT_RIGHT if several else FaceOrder.AREA
+    return FaceOrder(options.get("face_order", usual))
+
+
 def _face_options(options: Options) -> FaceOptions:
     strength = options.get("face_denoising_strength")
     factor = options.get("face_crop_factor")
@@ -280,5 +304,5 @@ def _face_options(options: Options) -> FaceOptions:
         min_face_ratio=float(options.get("min_face_ratio", DEFAULT_MIN_FACE_RATIO)),
         crop_factor=None if factor is None else float(factor),
         strength=None if strength is None else float(strength),
-        order=FaceOrder(options.get("face_order", FaceOrder.AREA)),
+        order=_face_order(options),
     )

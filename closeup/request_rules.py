@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from closeup.families import Family
+from closeup.fields import FACE_SEPARATOR
 from closeup.manifest import ModelManifest
 from closeup.options import Options, Problems, shown
 from closeup.prompt import ParsedPrompt, parse_prompt
@@ -19,6 +20,7 @@ SIZE_ID_FIELDS = ("original_w", "original_h", "crop_x", "crop_y", "target_w", "t
 FACE_FIELDS = (
     "face_prompt",
     "face_denoising_strength",
+    "face_steps",
     "max_faces",
     "min_face_ratio",
     "face_crop_factor",
@@ -148,8 +150,16 @@ def check_served(
     if options.get("inpaint_faces") and not served.has_face_detector:
         problems.add("inpaint_faces", "this server has no face detector; export one.")
     problems.raise_if_any()
-    for name in ("prompt", "negative_prompt", "face_prompt") * bool(options.get("use_lpw")):
-        parse_weights(str(options.get(name, "")), field_name=name)
+    if options.get("use_lpw"):
+        _check_weights(options)
+
+
+def _check_weights(options: Options) -> None:
+    """Refuse weighted prompts that do not parse; those of several faces are several."""
+    texts = [(name, str(options.get(name, ""))) for name in ("prompt", "negative_prompt")]
+    faces = str(options.get("face_prompt", "")).split(FACE_SEPARATOR)
+    for name, text in [*texts, *(("face_prompt", part) for part in faces)]:
+        parse_weights(text, field_name=name)
 
 
 def check_engine_sizes(

@@ -73,6 +73,7 @@ def parse_options(arguments: Sequence[str]) -> ExportOptions:
     facts.add_argument("--face-prompt-suffix")
     facts.add_argument("--face-crop-factor", type=float)
     facts.add_argument("--lost-face-strength", type=float)
+    facts.add_argument("--face-steps", type=int)
     given = parser.parse_args(arguments)
     return ExportOptions(
         model=given.model,
@@ -93,6 +94,7 @@ def parse_options(arguments: Sequence[str]) -> ExportOptions:
             face_prompt_suffix=given.face_prompt_suffix,
             face_crop_factor=given.face_crop_factor,
             lost_face_strength=given.lost_face_strength,
+            face_steps=given.face_steps,
             defaults=Defaults(
                 width=given.w,
                 height=given.h,

@@ -35,8 +35,13 @@ _FOLDER_KEYS: Mapping[str, tuple[type, ...]] = {
     "face_prompt_suffix": (str,),
     "face_crop_factor": _NUMBER,
     "lost_face_strength": _NUMBER,
+    "face_steps": (int,),
 }
-_FACE_RANGES = {"face_crop_factor": (1.2, 4.0), "lost_face_strength": (0.0, 1.0)}
+_FACE_RANGES = {
+    "face_crop_factor": (1.2, 4.0),
+    "lost_face_strength": (0.0, 1.0),
+    "face_steps": (1, 50),
+}
 _DEFAULT_KEYS: Mapping[str, tuple[type, ...]] = {
     "width": (int,),
     "height": (int,),
@@ -62,6 +67,7 @@ class ModelFacts:
         face_prompt_suffix: added to the prompt in the face pass.
         face_crop_factor: side of the face crop over the face box.
         lost_face_strength: strength for faces of a few latents, 0 to 1.
+        face_steps: steps of the face pass, 1 to 50.
         defaults: what a request gets that does not say otherwise.
     """
 
@@ -69,6 +75,7 @@ class ModelFacts:
     face_prompt_suffix: str | None = None
     face_crop_factor: float | None = None
     lost_face_strength: float | None = None
+    face_steps: int | None = None
     defaults: Defaults = field(default_factory=Defaults)
 
     def over(self, other: ModelFacts) -> ModelFacts:
@@ -87,6 +94,7 @@ class ModelFacts:
             face_prompt_suffix=first("face_prompt_suffix"),
             face_crop_factor=first("face_crop_factor"),
             lost_face_strength=first("lost_face_strength"),
+            face_steps=first("face_steps"),
             defaults=Defaults(**{name: first_default(name) for name in _DEFAULT_KEYS}),
         )
 
@@ -218,20 +226,20 @@ def resolve_folder(model: str) -> Path:
         ) from error
 
 
-def face_facts(facts: ModelFacts) -> dict[str, float]:
+def face_facts(facts: ModelFacts) -> dict[str, Any]:
     """Return what the model says about the face pass, by its name in the manifest.
 
     Raises:
         ExportError: a value is out of range.
     """
-    given = {}
+    given: dict[str, Any] = {}
     for name, (low, high) in _FACE_RANGES.items():
         value = getattr(facts, name)
         if value is None:
             continue
         if not low <= value <= high:
             raise ExportError(f"{name} is {value:g}; expected {low:g} to {high:g}.")
-        given[name] = float(value)
+        given[name] = int(value) if name == "face_steps" else float(value)
     return given
 
 

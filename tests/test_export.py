@@ -72,6 +72,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         "native_px": 96,
         "face_crop_factor": 1.6,
         "lost_face_strength": 0.8,
+        "face_steps": 9,
         "defaults": {"steps": 5, "cfg_scale": 4.0},
     }
     (result.pipeline / "closeup.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -170,6 +171,7 @@ def test_export_prefers_flags_to_the_folders_facts(exported: Exported) -> None:
     manifest = exported.manifest
     assert manifest.native_px == 96
     assert manifest.face_defaults == FaceDefaults(crop_factor=1.6, lost_strength=0.8, latent_px=8)
+    assert manifest.face_steps == 9
     assert manifest.defaults == Defaults(steps=7, cfg_scale=4.0)
     assert manifest.vae_scale_factor == 8
     assert manifest.scheduler["_class_name"] == "DDIMScheduler"
@@ -392,6 +394,7 @@ def test_read_folder_facts_refuses_when_the_file_is_wrong(
     ("facts", "expected"),
     [
         (ModelFacts(face_crop_factor=9.0), "face_crop_factor is 9; expected 1.2 to 4"),
+        (ModelFacts(face_steps=51), "face_steps is 51; expected 1 to 50"),
         (ModelFacts(lost_face_strength=-0.5), "lost_face_strength is -0.5; expected 0 to 1"),
     ],
 )
@@ -399,6 +402,7 @@ def test_face_facts_are_refused_when_out_of_range(facts: ModelFacts, expected: s
     with pytest.raises(ExportError, match=expected):
         face_facts(facts)
     assert face_facts(ModelFacts(lost_face_strength=1)) == {"lost_face_strength": 1.0}
+    assert repr(face_facts(ModelFacts(face_steps=7))) == "{'face_steps': 7}"
 
 
 def test_add_to_index_keeps_the_order_when_a_name_is_there(tmp_path: Path) -> None:

@@ -340,6 +340,65 @@ def test_face_prompt_keeps_the_models_suffix_when_the_prompt_is_cut(toy: ToyMode
         assert len(run.warnings) == (words > 75)
 
 
+def test_face_steps_and_strength_say_how_many_run_when_a_face_is_repainted(make: Make) -> None:
+    toy = make(faces=GRID[:1])
+    for face_steps, strength, expected in ((10, 0.5, 5), (3, 0.9, 2), (STEPS, 1.0, STEPS)):
+        run, outcome, _ = toy.paint(
+            **FACES, face_steps=face_steps, face_denoising_strength=strength
+        )
+        assert run.usage["denoiser_steps"] == STEPS + expected
+        assert outcome.faces[0][0]["action"] == "repaint"
+    _, outcome, _ = toy.paint(**FACES, face_steps=3, face_denoising_strength=0.3)
+    assert outcome.faces[0][0]["reason"] == "Its strength times face_steps is below one step."
+
+
+def _fingerprints(toy: ToyModels, **fields: Any) -> list[bytes]:
+    """What the middles of three faces were repainted to, from left to right."""
+    run, outcome, _ = toy.paint(**FACES, face_denoising_strength=0.9, **fields)
+    assert run.warnings == []
+    reports = sorted(outcome.faces[0], key=lambda report: float(report["box"][0]))
+    middles = [np.add(report["box"][:2], report["box"][2:]) / 2 for report in reports]
+    return [
+        outcome.pictures[0][int(y) - 4 : int(y) + 4, int(x) - 4 : int(x) + 4].tobytes()
+        for x, y in middles
+    ]
+
+
+def test_faces_take_their_own_prompt_from_left_to_right_when_several_are_given(make: Make) -> None:
+    toy = make(faces=GRID[:15:5])
+    one, two, usual = (
+        _fingerprints(toy, **fields)
+        for fields in ({"face_prompt": "word9"}, {"face_prompt": "word3 word20"}, {})
+    )
+    assert len({*one, *two, *usual}) == 9
+    mixed = _fingerprints(toy, face_prompt="word9 [SEP] word3 word20 [SEP] word9")
+    assert mixed == [one[0], two[1], one[2]]
+    # The last one serves those that follow; an empty one is the usual prompt.
+    assert _fingerprints(toy, face_prompt="word9[SEP]word3 word20") == [one[0], two[1], two[2]]
+    assert _fingerprints(toy, face_prompt=" [SEP] word9") == [usual[0], one[1], one[2]]
+    # The order asked for wins: by area the same faces come in another order or in this one.
+    ordered = _fingerprints(toy, face_prompt="word9[SEP]word9[SEP]word9", face_order="area")
+    assert ordered == one
+
+
+def test_many_face_prompts_are_encoded_in_calls_that_every_engine_takes(make: Make) -> None:
+    toy = make(faces=GRID[:15:5])
+    rows: list[int] = []
+
+    def count_rows(inputs: Mapping[str, Array], outputs: Outputs) -> Outputs:
+        rows.append(len(inputs["input_ids"]))
+        return outputs
+
+    toy.faults["toy_text_encoder"] = count_rows
+    few = _fingerprints(toy, face_prompt="word9[SEP]word3[SEP]word5")
+    rows.clear()
+    many = _fingerprints(
+        toy, face_prompt="[SEP]".join(["word9", "word3", "word5"] + ["word8"] * 20)
+    )
+    assert rows == [12, 12, 1]
+    assert many == few
+
+
 def test_progress_is_monotone_and_complete(make: Make) -> None:
     toy = make(faces=GRID[:3])
     run, _, events = toy.paint(**FACES, num_images=2, hires_fix=True)

@@ -165,4 +165,4 @@ def test_command_says_what_to_do_when_no_model_is_exported(tmp_path: Path) -> No
 
 def test_command_refuses_when_a_sweep_has_a_wrong_value(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="steps: invalid literal"):
-        main(["--repository", str(tmp_path), "sweep", "--parameter", "steps", "many"])
+        main(["--repository", str(tmp_path), "sweep", "--parameter", "face_steps", "many"])

@@ -46,7 +46,7 @@ from benchmarks.likeness.tables import (
     mean_cosine,
     method_row,
 )
-from benchmarks.likeness.wording import ATTRIBUTES, named_values, values_of
+from benchmarks.likeness.wording import ATTRIBUTES, named_values, prompts_apart, values_of
 from demo.attributes import Framing, Person, sample_scene
 from demo.captions import describe_scene
 
@@ -97,6 +97,20 @@ def test_captions_are_read_back_when_the_grammar_words_drawn_people() -> None:
             truth = values_of(person)
             assert values.items() <= truth.items()
     assert named > 3 * 300  # gender, hair colour and style at least, most of the time
+
+
+def test_people_get_prompts_of_their_own_when_a_prompt_names_several() -> None:
+    assert prompts_apart(
+        "a long shot of three people, a smiling woman with red braids, a man and a woman with "
+        "glasses and a beard wearing a green dress at night"
+    ) == [
+        "a long shot of a smiling woman with red braids",
+        "a long shot of a man",
+        "a long shot of a woman with glasses and a beard wearing a green dress at night",
+    ]
+    for prompt in make_prompts(Split.REPORT, Group.CROWD, 20):
+        apart = [named_values(words) for words in prompts_apart(prompt.text)]
+        assert apart == [[person.truth] for person in prompt.people]
 
 
 def test_drawing_hides_a_mole_and_a_streak_when_beard_or_white_hair_cover_them() -> None:
@@ -361,14 +375,14 @@ def test_truth_is_refused_when_it_was_checked_for_other_weights(tmp_path: Path) 
 
 def test_tuning_sets_one_field_when_a_value_is_given() -> None:
     assert make_tuning("face_crop_factor", "1.8").faces == {"crop_factor": 1.8}
-    assert make_tuning("steps", "12").request == {"steps": 12}
+    assert make_tuning("face_steps", "12").request == {"face_steps": 12}
     assert make_tuning("upright", "off").faces == {"upright": False}
-    default = make_tuning("steps", "default")
+    default = make_tuning("face_steps", "default")
     assert not default.faces
     assert not default.request
 
 
-@pytest.mark.parametrize(("parameter", "text"), [("steps", "many"), ("upright", "false")])
+@pytest.mark.parametrize(("parameter", "text"), [("face_steps", "many"), ("upright", "false")])
 def test_tuning_is_refused_with_its_name_when_the_value_is_wrong(parameter: str, text: str) -> None:
     with pytest.raises(ValueError, match=parameter):
         make_tuning(parameter, text)

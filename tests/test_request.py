@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from closeup.errors import RequestError
+from closeup.faces import FaceOrder
 from closeup.fields import FIELDS, MAX_PROMPT_CHARACTERS, Field, Kind
 from closeup.request import Limits, Mode, Request, Served, parse_options, resolve_request
 from closeup.request_rules import SIZE_ID_FIELDS
@@ -61,12 +62,41 @@ def refused(**fields: Any) -> dict[str, str]:
     return caught.value.problems
 
 
+def test_faces_get_prompts_of_their_own_from_left_to_right_when_they_are_separated() -> None:
+    both: dict[str, Any] = {"prompt": "a couple", "inpaint_faces": True}
+    request = resolve(**both, face_prompt=" a woman [SEP] [SEP]a man")
+    usual = "a couple, close up of the face"
+    assert request.face_prompts == ("a woman", usual, "a man")
+    assert request.faces.order is FaceOrder.LEFT_RIGHT
+    ordered = resolve(**both, face_prompt="a woman[SEP]a man", face_order="score")
+    assert ordered.faces.order is FaceOrder.SCORE
+    alone = resolve(**both, face_prompt=" a woman")
+    assert alone.face_prompts == (" a woman",)  # as given, as ever
+    assert alone.faces.order is FaceOrder.AREA
+    assert list(refused(**both, use_lpw=True, face_prompt="a [SEP]" + "(" * 99)) == ["face_prompt"]
+
+
+def test_face_pass_takes_the_models_steps_but_no_more_than_the_picture_when_none_are_given() -> (
+    None
+):
+    quick = {"toy": make_manifest(face_steps=8)}
+
+    def face_steps(models: Any, **fields: Any) -> int:
+        return resolve(models=models, prompt="a man", inpaint_faces=True, **fields).face_steps
+
+    assert face_steps(None, steps=20) == 20
+    assert face_steps(quick, steps=20) == 8
+    assert face_steps(quick, steps=4) == 4
+    assert face_steps(quick, steps=4, face_steps=12) == 12
+    assert list(refused(prompt="a man", face_steps=12)) == ["face_steps"]  # needs inpaint_faces
+
+
 def test_golden_request_resolves_word_for_word() -> None:
     request = resolve(**GOLDEN)
     assert (request.width, request.height) == (896, 1152)  # explicit sides win over ar
     assert [(tag.id, tag.weight) for tag in request.loras] == [("1795721", 1.0)]
     assert request.prompt.startswith("Surrounded by the natural beauty")
-    assert request.face_prompt.endswith("tranquility., close up of the face")
+    assert request.face_prompts[0].endswith("tranquility., close up of the face")
     assert request.super_resolution
     assert request.inpaint_faces
     assert request.mode is Mode.TEXT

@@ -40,6 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("generator", "attributes right in generated pictures"),
         ("detector", "the face detector on generated pictures"),
         ("sweep", "closeup with several values of a parameter"),
+        ("crowd", "closeup in groups: one prompt for all faces, and one for each"),
         ("worst", "a sheet of the worst results before and after"),
     ):
         _add_options(name, kinds.add_parser(name, help=text, description=text))
@@ -47,13 +48,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_options(name: str, parser: argparse.ArgumentParser) -> None:
-    if name in ("run", "sweep", "worst"):
+    if name in ("run", "sweep", "worst", "crowd"):
         split = Split.TUNE if name == "sweep" else Split.REPORT
         parser.add_argument("--split", type=Split, choices=list(Split), default=split,
                             metavar="|".join(Split), help="which seeds")  # fmt: skip
-        parser.add_argument("--count", type=int, default=COUNTS[Group.LONG] if name != "sweep"
-                            else 40, help="long shots; half as many with the LoRA, 3 of 10 "
-                            "with several people")  # fmt: skip
+        usual = {"sweep": 40, "crowd": COUNTS[Group.CROWD]}.get(name, COUNTS[Group.LONG])
+        words = "long shots; half as many with the LoRA, 3 of 10 with several people"
+        parser.add_argument("--count", type=int, default=usual,
+                            help="pictures" if name == "crowd" else words)  # fmt: skip
     if name in ("judge", "generator"):
         parser.add_argument("--count", type=int, default=800 if name == "judge" else 200)
     if name == "detector":

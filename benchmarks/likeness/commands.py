@@ -33,9 +33,11 @@ from benchmarks.likeness.methods import METHODS
 from benchmarks.likeness.metrics import Outcome
 from benchmarks.likeness.prompts import Group, Prompt, make_prompts
 from benchmarks.likeness.sheets import Cell, write_sheet
-from benchmarks.likeness.studio import Base, Studio, Timed
+from benchmarks.likeness.studio import Base, Studio, Timed, Tuning
 from benchmarks.likeness.sweeps import make_tuning
+from benchmarks.likeness.wording import prompts_apart
 from benchmarks.results import Section
+from closeup.faces import FaceOrder
 from demo.latents import load_vae, round_trip
 from demo.training import WEIGHTS
 
@@ -179,6 +181,28 @@ def sweep_command(options: argparse.Namespace) -> Found:
     for group in (*GROUPS, None):
         chosen, title = ([group], group.value) if group else (GROUPS, "all pictures")
         yield tables.group_section(results, chosen, f"{options.parameter}: {title}")
+
+
+def crowd_command(options: argparse.Namespace) -> Found:
+    """Compare closeup's pass with one prompt for all faces and with one for each."""
+    prompts = make_prompts(options.split, Group.CROWD, options.count)
+    drawn = draw_references(prompts)
+    with open_studio(options) as studio:
+        bench = Bench(studio, Judge(), studio.paint(prompts), drawn)
+        suffix = studio.models.resolve(prompt=prompts[0].text).model.face_prompt_suffix
+
+        def apart(prompt: Prompt) -> Tuning:
+            words = tuple(part + suffix for part in prompts_apart(prompt.text))
+            order = {"order": FaceOrder.LEFT_RIGHT}
+            return Tuning(faces=order, request={"face_prompts": words})
+
+        results = {name: Results() for name in ("no pass", "closeup", "closeup, a prompt a face")}
+        for _, _, added in bench.compare({name: METHODS[name] for name in ("no pass", "closeup")}):
+            _add(results, added)
+        for _, _, added in bench.compare({"closeup, a prompt a face": METHODS["closeup"]}, apart):
+            _add(results, added)
+    yield tables.group_section(results, [Group.CROWD], "One prompt for all faces, and one for each")
+    yield tables.attribute_section(results, "Attributes right, two or three people")
 
 
 def worst_command(options: argparse.Namespace) -> Found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 
@@ -153,7 +153,9 @@ class Bench:
         self.margin = self._margin()
 
     def compare(
-        self, methods: Mapping[str, Method], tuning: Tuning | None = None
+        self,
+        methods: Mapping[str, Method],
+        tuning: Tuning | Callable[[Prompt], Tuning] | None = None,
     ) -> Iterator[tuple[Base, dict[str, Timed], dict[str, Results]]]:
         """Run all methods on each picture in turn; yields after every picture."""
         for subject in self.subjects:
@@ -161,7 +163,8 @@ class Bench:
             done: dict[str, Timed] = {}
             results: dict[str, Results] = {}
             for name, method in methods.items():
-                timed = self.studio.repaint(method, base, tuning)
+                change = tuning(base.prompt) if callable(tuning) else tuning
+                timed = self.studio.repaint(method, base, change)
                 after = self._judged(timed.result.pixels, base.prompt, *_who(subject))
                 done[name] = timed
                 results[name] = Results(

@@ -273,10 +273,14 @@ async def _paint_area(
     crop = resize(floats_from_pixels(picture[y0:y1, x0:x1]), (side, side))
     known = sample_posterior(run, await encode_picture(run, crop), stream)
     noise = stream.randn(known.shape)
+    if suffix:
+        guide = job.conditioning.face_guides(run, side=side)[0]
+    else:
+        guide = job.conditioning.guide(run, height=side, width=side)
     latents = await denoise(
         run,
         sample=np.asarray(table.init[0] * known + table.init[1] * noise, np.float32),
-        guide=job.conditioning.guide(run, height=side, width=side, face=suffix),
+        guide=guide,
         table=table,
         stream=stream,
         image=0,

@@ -22,7 +22,7 @@ PARAMETERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "feather": ("faces", "feather", float),
     "margin": ("faces", "margin", float),
     "upright": ("faces", "upright", _switch),
-    "steps": ("request", "steps", int),
+    "face_steps": ("request", "face_steps", int),
     "cfg_scale": ("request", "cfg_scale", float),
     "scheduler": ("request", "scheduler", str),
 }

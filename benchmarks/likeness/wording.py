@@ -72,6 +72,21 @@ def named_values(prompt: str) -> list[Values]:
     ]
 
 
+def prompts_apart(prompt: str) -> list[str]:
+    """Return a prompt of their own for each person of a prompt, from left to right.
+
+    Args:
+        prompt: as `demo.captions` words it.
+    """
+    people = list(_PERSON.finditer(prompt))
+    opening = re.sub(r"(two|three) people, $", "", prompt[: people[0].start()])
+    ends = [match.start() for match in people[1:]] + [len(prompt)]
+    return [
+        opening + re.sub(r"(,| and) $", "", prompt[match.start() : end])
+        for match, end in zip(people, ends, strict=True)
+    ]
+
+
 def _named(person: re.Match[str], words: str) -> Values:
     values = {"gender": person[2]}
     if person[1]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 DEFAULT_REQUEST: dict[str, object] = {
-    "prompt": "a full body photo of a woman with long red hair wearing a blue dress in a park",
-    "seed": 6,
+    "prompt": "a full body photo of a woman with long red hair and pale skin wearing a blue dress "
+    "in a park",
+    "seed": 5,
     "steps": 20,
     "scheduler": "euler_a",
     "w": 192,

@@ -29,7 +29,7 @@ class Step:
         run: modules, optimizer and average; its step count goes up.
         losses_of: inputs -> the loss to go down, and figures beside it; no input may be read on
             the CPU inside.
-        graph: capture at the first call, on a GPU. A capture that fails is printed, and the steps
+        graph: capture at the first call, where the inputs lie on a GPU. A capture that fails is printed, and the steps
             run as they are.
         max_norm: of the gradient.
     """
@@ -74,6 +74,8 @@ class Step:
         if not self._wanted or self.captured:
             return
         self._wanted = False
+        if not inputs[0].is_cuda:
+            return
         self._held = tuple(given.clone() for given in inputs)
         self._rate = torch.zeros((), device=inputs[0].device)
         for group in self._run.optimizer.param_groups:

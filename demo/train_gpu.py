@@ -345,7 +345,7 @@ class GrowingData:
 
 def start_networks(options: argparse.Namespace) -> Run:
     """UNet and text encoder on the device, with optimizer and average."""
-    unet, encoder = load_networks(options.start, 803, options.size // 8, options.text_encoder)
+    unet, encoder = load_networks(options.start, 0, options.size // 8, options.text_encoder)
     unet.register_to_config(sample_size=options.size // 8)
     unet = unet.to(options.device, memory_format=torch.channels_last).train()
     encoder = encoder.to(options.device).train()

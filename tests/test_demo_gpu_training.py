@@ -82,7 +82,8 @@ def test_crops_count_features_most_and_those_of_small_faces_more_when_weighted()
     assert weights[2, 0, 4, 6] == 15.0
 
 
-def test_step_takes_the_runs_own_step_when_no_graph_is_wanted() -> None:
+@pytest.mark.parametrize("wanted", [False, True])
+def test_step_takes_the_runs_own_step_when_no_graph_can_be_captured(wanted: bool) -> None:
     weight = torch.nn.Parameter(torch.tensor([2.0]))
     holder = torch.nn.ParameterList([weight])
     run = Run(
@@ -90,7 +91,7 @@ def test_step_takes_the_runs_own_step_when_no_graph_is_wanted() -> None:
         optimizer=torch.optim.SGD([weight], lr=0.0), average=Average([weight], 0.5),
         generator=torch.Generator(),
     )  # fmt: skip
-    step = Step(run, lambda factor: ((weight * factor).sum(), factor), graph=False, max_norm=10.0)
+    step = Step(run, lambda factor: ((weight * factor).sum(), factor), graph=wanted, max_norm=10.0)
     loss, factor = step(0.5, torch.tensor([3.0]))
     assert (float(loss), float(factor), float(weight), run.step) == (6.0, 3.0, 0.5, 1)
     assert not step.captured

@@ -29,8 +29,8 @@ class Step:
         run: modules, optimizer and average; its step count goes up.
         losses_of: inputs -> the loss to go down, and figures beside it; no input may be read on
             the CPU inside.
-        graph: capture at the first call, where the inputs lie on a GPU. A capture that fails is printed, and the steps
-            run as they are.
+        graph: capture at the first call, where the inputs lie on a GPU. A capture that fails is
+            printed, and the steps run as they are.
         max_norm: of the gradient.
     """
 

@@ -163,7 +163,10 @@ def start_run(options: argparse.Namespace, vocabulary: int) -> Run:
         )
     readers = Readers(encoder.config.hidden_size, vocabulary)
     encoder.train().requires_grad_(not options.probe)
-    modules = {"text_encoder": encoder, "readers": readers}
+    modules = {
+        "text_encoder": encoder.to(options.device),
+        "readers": readers.to(options.device),
+    }
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     run = Run(
         folder=options.run, modules=modules,
@@ -187,15 +190,16 @@ def train(run: Run, ids: torch.Tensor, values: torch.Tensor, options: argparse.N
     assert isinstance(readers, Readers)
     while run.step < options.steps and time.monotonic() < end_s:
         rows = torch.randint(0, len(ids), (options.batch,), generator=run.generator)
-        tokens = ids[rows]
+        tokens = ids[rows].to(options.device)
         # As many columns as the longest needs, and a few of the tokens that end it.
         longest = int((tokens != END_TOKEN).sum(1).max())
         tokens = tokens[:, : longest + 4].long()
         states = encoder(tokens).last_hidden_state
         first = (tokens == END_TOKEN).int().argmax(1)
-        place = first + torch.randint(0, 4, first.shape, generator=run.generator)
-        place = place.clamp(max=tokens.shape[1] - 1)
-        said, right = readers.said_loss(states[torch.arange(len(rows)), place], values[rows])
+        later = torch.randint(0, 4, first.shape, generator=run.generator).to(options.device)
+        place = (first + later).clamp(max=tokens.shape[1] - 1)
+        ends = states[torch.arange(len(rows), device=states.device), place]
+        said, right = readers.said_loss(ends, values[rows].to(options.device))
         before = readers.before_loss(states, tokens)
         run.advance(said + before, schedule.at(run.step))
         run.note({"before": float(before.detach()), "said": float(said.detach()), "right": right},

@@ -128,10 +128,9 @@ def resolve_request(options: Options, *, served: Served, streaming: bool) -> Req
     steps = int(_given(options, "steps", defaults.steps, facts.default_steps))
     named = _given(options, "scheduler", defaults.scheduler, default_sampler(model.scheduler))
     scheduler, note = resolve_sampler_name(str(named), flow=facts.flow)
-    # Refuses what the sampler cannot do; the number of tokens only moves the noise levels.
     face_steps = int(options.get("face_steps", min(steps, model.face_steps or steps)))
-    for count in {steps, face_steps}:
-        recall_step_table(scheduler, model.scheduler, count, image_tokens=1 if facts.flow else None)
+    for name, count in (("steps", steps), ("face_steps", face_steps)):
+        _check_steps(name, count, scheduler, model)
     return Request(
         mode=mode,
         model=model,
@@ -164,6 +163,17 @@ def resolve_request(options: Options, *, served: Served, streaming: bool) -> Req
         previews=bool(options.get("previews", False)),
         warnings=_warnings(options, model, note),
     )
+
+
+def _check_steps(name: str, count: int, scheduler: str, model: ModelManifest) -> None:
+    """Refuse, under the field's own name, what the sampler cannot do."""
+    tokens = 1 if model.facts.flow else None  # their number only moves the noise levels
+    try:
+        recall_step_table(scheduler, model.scheduler, count, image_tokens=tokens)
+    except RequestError as error:
+        problems = {name if field == "steps" else field: text
+                    for field, text in error.problems.items()}  # fmt: skip
+        raise RequestError(problems) from error
 
 
 def _optional_text(options: Options, name: str) -> str | None:

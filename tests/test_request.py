@@ -91,6 +91,22 @@ def test_face_pass_takes_the_models_steps_but_no_more_than_the_picture_when_none
     assert list(refused(prompt="a man", face_steps=12)) == ["face_steps"]  # needs inpaint_faces
 
 
+@pytest.mark.parametrize(
+    ("fields", "field"), [({"steps": 12}, "steps"), ({"steps": 8, "face_steps": 12}, "face_steps")]
+)
+def test_steps_are_refused_under_their_own_name_when_the_sampler_knows_fewer(
+    fields: dict[str, int], field: str
+) -> None:
+    config = {**make_manifest().scheduler, "original_inference_steps": 10}
+    problems = refused(
+        models={"toy": make_manifest(scheduler=config)}, prompt="a man", scheduler="lcm",
+        inpaint_faces=True, **fields,
+    )  # fmt: skip
+    assert problems == {
+        field: "12 steps were asked of a sampler that knows 10; ask for fewer."
+    }  # fmt: skip
+
+
 def test_golden_request_resolves_word_for_word() -> None:
     request = resolve(**GOLDEN)
     assert (request.width, request.height) == (896, 1152)  # explicit sides win over ar

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from closeup.detection import (
+    Face,
     decode_detections,
     detection_long_sides,
     detector_input,
@@ -68,16 +69,16 @@ def ssim(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
 
 
 @torch.no_grad()
-def detect(model: FaceDetector, pixels: NDArray[np.uint8]) -> list[Floats]:
-    """Boxes (4,) of the faces in one picture, found as closeup finds them."""
+def find_faces(model: FaceDetector, pixels: NDArray[np.uint8], *, score: float = 0.6) -> list[Face]:
+    """Faces of at least ``score`` in one picture, found as closeup finds them."""
     size = (pixels.shape[0], pixels.shape[1])
     looks = []
     for long_side in detection_long_sides(*size):
         tensor, scale = detector_input(pixels, long_side=long_side)
         outputs = [output.numpy() for output in model(torch.from_numpy(tensor))]
         named = dict(zip(OUTPUT_NAMES, outputs, strict=True))
-        looks.append(decode_detections(named, scale=scale, size=size))
-    return [np.array(face.box) for face in merge_detections(*looks)]
+        looks.append(decode_detections(named, scale=scale, size=size, score_threshold=score))
+    return merge_detections(*looks)
 
 
 def overlap(first: Floats, second: Floats) -> float:
@@ -94,7 +95,7 @@ def count_matches(
     """Faces found at IoU 0.5, faces there, detections made."""
     hits = there = made = 0
     for picture, rows in zip(pictures, faces, strict=True):
-        found = detect(model, picture)
+        found = [np.array(face.box) for face in find_faces(model, picture)]
         truth = rows[~np.isnan(rows[:, 0])].astype(np.float64)
         made += len(found)
         there += len(truth)

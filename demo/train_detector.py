@@ -2,8 +2,9 @@
 
 ``python -m demo.train_detector``
 
-Nearly half of its pictures have passed through the VAE (and, when the folder ``--redrawn`` exists,
-through the UNet too), since that is what it sees in service.
+Of its pictures a third each are drawn, drawn and passed through VAE or UNet (``--redrawn``), and
+painted by the generator (``--painted``): the last two are what it sees in service. Folders that do
+not exist are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from demo.training import CACHE, WEIGHTS, Average, Run, Schedule, add_run_arguments, size_of
-from export.detector import STRIDES, FaceDetector, save_face_detector
+from export.detector import STRIDES, FaceDetector, load_face_detector, save_face_detector
 
 _LEVELS = ((0.0, 40.0), (28.0, 100.0), (76.0, 1e4))
 """Face sizes in pixels that each stride answers for; they overlap."""
@@ -220,6 +221,9 @@ def _parser() -> argparse.ArgumentParser:
     add_run_arguments(parser, run="detector", steps=2500, batch=32)
     parser.add_argument("--pictures", type=Path, default=CACHE / "train")
     parser.add_argument("--redrawn", type=Path, default=CACHE / "redrawn")
+    parser.add_argument("--painted", type=Path, nargs="*",
+                        default=[CACHE / "painted", CACHE / "painted-park"])  # fmt: skip
+    parser.add_argument("--start", type=Path, help="a detector's file to start from")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "face_detector.safetensors")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--side", type=int, default=192)
@@ -232,8 +236,12 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     cv2.setNumThreads(1)
-    model = FaceDetector().to(options.device).train()
-    model.start_objectness(0.018)
+    if options.start:
+        model = load_face_detector(options.start)
+    else:
+        model = FaceDetector()
+        model.start_objectness(0.018)
+    model = model.to(options.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=1e-3, fused=True)
     run = Run(
         folder=options.run,
@@ -251,9 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(run: Run, options: argparse.Namespace) -> None:
     """Optimize until the last step or minute, with checkpoints."""
-    folders = [options.pictures]
-    if (options.redrawn / "images.npy").exists():
-        folders.append(options.redrawn)
+    folders = [options.pictures, options.redrawn, *options.painted]
+    folders = [folder for folder in folders if (folder / "images.npy").exists()]
     samples = Samples(folders, options.side, options.seed + run.step)
     schedule = Schedule(
         learning_rate=options.learning_rate, steps=options.steps, cooldown=options.steps * 3 // 4

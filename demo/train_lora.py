@@ -32,7 +32,15 @@ from demo.train_unet import (
     load_networks,
     noise_schedule,
 )
-from demo.training import WEIGHTS, Average, Run, Schedule, add_run_arguments, save_half
+from demo.training import (
+    WEIGHTS,
+    Average,
+    Run,
+    Schedule,
+    add_run_arguments,
+    mixed_precision,
+    save_half,
+)
 from demo.world import draw_scene, face_view
 
 OHWX = Person(
@@ -125,12 +133,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def start_run(options: argparse.Namespace) -> tuple[Run, Any]:
     """The run over the adapter's parameters alone, and the frozen text encoder."""
-    unet, encoder = load_networks(options.weights, 0, 0)
+    unet, encoder = (n.to(options.device) for n in load_networks(options.weights, 0, 0))
     unet.set_attn_processor(AttnProcessor())
     unet.requires_grad_(False)
     encoder.requires_grad_(False)
     torch.manual_seed(options.seed)
     unet.add_adapter(LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS))
+    unet.to(options.device)  # the adapter is made on the CPU
     parameters = [p for p in unet.parameters() if p.requires_grad]
     run = Run(
         folder=options.run,
@@ -151,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     run, encoder = start_run(options)
     unet: Any = run.modules["unet"]
     data = encode_personal(options.weights, unet.config.sample_size * 8)
-    products = noise_schedule()
+    products = noise_schedule().to(options.device)
     schedule = Schedule(
         learning_rate=options.learning_rate,
         steps=options.steps,
@@ -160,8 +169,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     end_s = time.monotonic() + 60 * options.minutes
     while run.step < options.steps and time.monotonic() < end_s:
-        latents, ids, weights = data.draw(options.batch, run.generator, 0.0)
-        with torch.no_grad():
+        drawn = data.draw(options.batch, run.generator, 0.0)
+        latents, ids, weights = (tensor.to(options.device) for tensor in drawn)
+        with torch.no_grad(), mixed_precision(latents.device.type):
             context = encoder(ids).last_hidden_state
         noise, steps = draw_noise(latents, len(products), run.generator)
         loss = diffusion_loss(unet, context, latents, weights, products, noise, steps)

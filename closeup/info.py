@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from closeup import __version__
+from closeup.fields import FACE_SEPARATOR
 from closeup.graph import Outcome
 from closeup.request import Request
+from closeup.request_rules import Mode
 from closeup.run import Run
 
 
@@ -56,21 +59,58 @@ def build_info(run: Run, outcome: Outcome, request_id: str) -> dict[str, Any]:
 
 
 def picture_parameters(request: Request, seed: int) -> dict[str, str]:
-    """Return the metadata of one picture file: how to make it again."""
+    """Return the metadata of one picture file: what to ask for to make it again.
+
+    One text in the layout that other programs read: the prompt, the negative prompt, and
+    ``Name: value`` pairs; a value that would break the line is a JSON string. A picture or mask
+    that came with the request is named by its mode alone.
+    """
     loras = "".join(f" <lora:{tag.id}:{tag.weight:g}>" for tag in request.loras)
-    settings = {
+    settings: dict[str, Any] = {
         "Steps": request.steps,
         "Sampler": request.scheduler,
         "CFG scale": request.cfg_scale,
         "Seed": seed,
         "Size": f"{request.width}x{request.height}",
         "Model": request.model.name,
-        "Super resolution": request.super_resolution,
-        "Face inpainting": request.inpaint_faces,
-        "Version": f"closeup {__version__}",
     }
+    if request.mode is not Mode.TEXT:
+        settings["Mode"] = request.mode.value
+    if request.mode in (Mode.IMAGE, Mode.INPAINT):
+        settings["Denoising strength"] = request.strength
+    settings |= dict(request.size_ids)
+    if request.use_lpw:
+        settings["Long prompt weighting"] = True
+    settings["Super resolution"] = request.super_resolution
+    if request.hires_fix:
+        settings["Hires denoising strength"] = request.hires_strength
+    settings["Face inpainting"] = request.inpaint_faces
+    if request.inpaint_faces:
+        settings |= _face_settings(request)
+    settings["Version"] = f"closeup {__version__}"
     lines = [request.prompt + loras]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
-    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
+    lines.append(", ".join(f"{name}: {_value(value)}" for name, value in settings.items()))
     return {"parameters": "\n".join(lines)}
+
+
+def _face_settings(request: Request) -> dict[str, Any]:
+    """What the face pass ran with; what it chose by itself is left out."""
+    faces = request.faces
+    settings = {
+        "Face steps": request.face_steps,
+        "Face denoising strength": faces.strength,
+        "Face crop factor": faces.crop_factor,
+        "Min face ratio": faces.min_face_ratio,
+        "Max faces": faces.max_faces,
+        "Face order": faces.order.value,
+    }
+    if request.face_prompts != (request.prompt + request.model.face_prompt_suffix,):
+        settings["Face prompt"] = f" {FACE_SEPARATOR} ".join(request.face_prompts)
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _value(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:"\n') else text

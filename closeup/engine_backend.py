@@ -13,7 +13,7 @@ import triton_python_backend_utils as pb_utils
 
 from closeup.cuda_device import lost_device
 from closeup.engines import Described, Engine, EngineOptions, open_engine
-from closeup.errors import CloseupError
+from closeup.errors import CloseupError, FeedError
 from closeup.onnx_serving import (
     check_config,
     complete_config,
@@ -116,7 +116,10 @@ class EngineBackend:
 
 def _respond(answer: Any, wanted: set[str]) -> Any:
     if isinstance(answer, CloseupError):
-        error = pb_utils.TritonError(f"INVALID_ARG: {answer}", pb_utils.TritonError.INVALID_ARG)
+        if answer.code != FeedError.code:  # the machine's fault, not the sender's
+            pb_utils.Logger.log_error(str(answer))
+        code = getattr(pb_utils.TritonError, answer.code)
+        error = pb_utils.TritonError(f"{answer.code}: {answer}", code)
         return pb_utils.InferenceResponse(error=error)
     return pb_utils.InferenceResponse(
         [pb_utils.Tensor(name, array) for name, array in answer.items() if name in wanted]

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from closeup.errors import ModelError
+from closeup.errors import FeedError, ModelError
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -198,18 +198,18 @@ def check_feeds(model: str, specs: Sequence[TensorSpec], feeds: Mapping[str, Arr
         feeds: arrays by input name.
 
     Raises:
-        ModelError: the first difference, as model, tensor, got and expected.
+        FeedError: the first difference, as model, tensor, got and expected.
     """
     names = [spec.name for spec in specs]
     unknown = sorted(set(feeds) - set(names))
     if unknown:
-        raise ModelError(f"{model}: got an unknown input {unknown[0]}; expected {names}.")
+        raise FeedError(f"{model}: got an unknown input {unknown[0]}; expected {names}.")
     for spec in specs:
         if spec.name not in feeds:
-            raise ModelError(f"{model}: input {spec.name} is missing; expected {spec.describe()}.")
+            raise FeedError(f"{model}: input {spec.name} is missing; expected {spec.describe()}.")
         got = feeds[spec.name]
         if got.dtype != spec.dtype or not _fits(got.shape, spec.shape):
-            raise ModelError(
+            raise FeedError(
                 f"{model}: input {spec.name} is {got.dtype} {got.shape}; "
                 f"expected {spec.describe()}."
             )

@@ -52,6 +52,12 @@ class ModelError(CloseupError):
     """A model's files are missing, damaged, or answered with something impossible."""
 
 
+class FeedError(ModelError):
+    """An engine was fed tensors that it does not take: other names, types or shapes."""
+
+    code: ClassVar[str] = "INVALID_ARG"
+
+
 class ExportError(CloseupError):
     """An export cannot be made or does not agree with the model it was made from."""
 

@@ -96,6 +96,7 @@ LEGACY_ASPECTS: Mapping[str, str] = {
 
 MAX_PROMPT_CHARACTERS = 4000
 MAX_SEED = 2**32 - 1
+DEFAULT_MAX_FACES = 32
 FACE_SEPARATOR = "[SEP]"
 """Stands between the prompts of several faces, as in ADetailer."""
 FACE_ORDERS = tuple(order.value for order in FaceOrder)
@@ -124,12 +125,15 @@ FIELDS: tuple[Field, ...] = (
           doc="Denoising steps."),
     Field(name="cfg_scale", kind=Kind.FLOAT, default="the model's", minimum=0, maximum=15,
           doc="Classifier-free guidance; 1 and below switch it off."),
-    Field(name="w", kind=Kind.INT, default="the model's", minimum=64, maximum=2048,
-          multiple_of=8, doc="Width in pixels before super-resolution; wins over `ar`."),
-    Field(name="h", kind=Kind.INT, default="the model's", minimum=64, maximum=2048,
-          multiple_of=8, doc="Height in pixels before super-resolution; wins over `ar`."),
+    Field(name="w", kind=Kind.INT, default="by `h` and the ratio, or the model's",
+          minimum=64, maximum=2048, multiple_of=8,
+          doc="Width in pixels before super-resolution."),
+    Field(name="h", kind=Kind.INT, default="by `w` and the ratio, or the model's",
+          minimum=64, maximum=2048, multiple_of=8,
+          doc="Height in pixels before super-resolution."),
     Field(name="aspect_ratio", kind=Kind.STRING, default="none", choices=tuple(ASPECT_RATIOS),
-          doc="Sides in this ratio, with the model's own number of pixels."),
+          doc="Sides in this ratio; without `w` and `h` with the model's own number of pixels, or "
+              "`input_image`'s."),
     Field(name="ar", kind=Kind.STRING, default="none", choices=tuple(LEGACY_ASPECTS),
           doc="Older spelling of `aspect_ratio`."),
     *(
@@ -165,7 +169,7 @@ FIELDS: tuple[Field, ...] = (
     Field(name="face_steps", kind=Kind.INT, default="the model's, at most `steps`", minimum=1,
           maximum=50,
           doc="Steps of the face pass's schedule; a face's strength says how many of them run."),
-    Field(name="max_faces", kind=Kind.INT, default="32", minimum=0, maximum=100,
+    Field(name="max_faces", kind=Kind.INT, default=str(DEFAULT_MAX_FACES), minimum=0, maximum=100,
           doc="Faces repainted at most, in `face_order`."),
     Field(name="min_face_ratio", kind=Kind.FLOAT, default="0.1", minimum=0, maximum=1,
           doc="Skip faces smaller than this share of the largest face's side."),
@@ -175,7 +179,8 @@ FIELDS: tuple[Field, ...] = (
           default="area, with several face prompts left_right",
           doc="Order of the faces, for `max_faces`, their prompts and the report."),
     Field(name="input_image", kind=Kind.IMAGE, default="none",
-          doc="Picture to start from (img2img, inpainting, `only_upscale`)."),
+          doc="Picture to start from (img2img, inpainting, `only_upscale`); keeps its shape unless "
+              "`w` and `h`, or a ratio, say otherwise."),
     Field(name="mask_image", kind=Kind.IMAGE, default="none",
           doc="White is repainted; same size as `input_image`."),
     Field(name="denoising_strength", kind=Kind.FLOAT, default="0.8", minimum=0, maximum=1,

@@ -132,7 +132,7 @@ def _checked(spec: Field, value: Value) -> Value:
     if isinstance(value, str):
         return _checked_text(spec, value)
     if not (math.isfinite(value) and spec.minimum <= value <= spec.maximum):
-        raise ValueError(f"got {value:g}; allowed are {spec.allowed}.")
+        raise ValueError(f"got {value:.10g}; allowed are {spec.allowed}.")
     if spec.multiple_of and value % spec.multiple_of:
         nearest = round(value / spec.multiple_of) * spec.multiple_of
         raise ValueError(f"got {value}; allowed are {spec.allowed}; the nearest is {nearest}.")

@@ -27,7 +27,7 @@ from closeup.cuda_device import Buffer, open_device, shared_workspace
 from closeup.device_inputs import InputSlot, Produced
 from closeup.devices import find_gpu
 from closeup.engines import Array, EngineOptions, TensorSpec, check_feeds, name_from_path
-from closeup.errors import ModelError
+from closeup.errors import FeedError, ModelError
 from closeup.plan_buckets import PlanBuckets, PlanParts
 from closeup.plans import PlanRecord, PlanTensor, RuntimeFacts, read_record, verify_plan
 from closeup.tensorrt_package import Messages, explain, import_tensorrt, make_logger
@@ -172,7 +172,7 @@ class PlanEngine:
         shapes = {name: array.shape for name, array in arrays.items()}
         profile = self._record.profile_for(shapes)
         if profile is None:
-            raise ModelError(f"{self._name}: {_misfit(self._record, shapes)}")
+            raise FeedError(f"{self._name}: {_misfit(self._record, shapes)}")
         with self._device.lock:
             if self._closed:
                 raise ModelError(f"{self._name}: the engine is closed.")

@@ -6,25 +6,19 @@ collect every problem before they raise, and all of it happens before any engine
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
+from closeup.canvas import SIDE_FIELDS, Canvas, open_canvas
 from closeup.errors import RequestError
 from closeup.faces import FaceOptions, FaceOrder
-from closeup.fields import (
-    ASPECT_RATIOS,
-    FACE_SEPARATOR,
-    FIELD_BY_NAME,
-    LEGACY_ASPECTS,
-    MAX_SEED,
-)
-from closeup.images import ImageFormat, decode_image, floats_from_pixels, pixels_from_floats, resize
+from closeup.fields import DEFAULT_MAX_FACES, FACE_SEPARATOR, MAX_SEED
+from closeup.images import ImageFormat
 from closeup.manifest import ModelManifest
 from closeup.options import Options, Value, parse_flags, parse_options, shown
 from closeup.prompt import LoraTag, parse_prompt
@@ -33,7 +27,6 @@ from closeup.request_rules import (
     Limits,
     Mode,
     Served,
-    check_engine_sizes,
     check_served,
     check_together,
     find_mode,
@@ -46,11 +39,11 @@ Pixels = npt.NDArray[np.uint8]
 
 DEFAULT_DENOISING_STRENGTH = 0.8
 DEFAULT_HIRES_STRENGTH = 0.3
-DEFAULT_MAX_FACES = 32
 DEFAULT_MIN_FACE_RATIO = 0.1
 DEFAULT_FORMAT = "png"
 DEFAULT_QUALITY = 92
-SIDE_FIELDS = ("w", "h")
+#: What only a denoiser reads.
+PAINTER_FIELDS = ("negative_prompt", "use_lpw", "steps", "cfg_scale", "scheduler")
 
 __all__ = ["Limits", "Mode", "Request", "Served", "parse_options", "resolve_request"]
 
@@ -123,7 +116,7 @@ def resolve_request(options: Options, *, served: Served, streaming: bool) -> Req
     mode = find_mode(options)
     check_together(options, mode, streaming)
     check_served(options, mode, parsed, model, served)
-    image, mask, (width, height) = _canvas(options, mode, model, served.limits)
+    canvas = open_canvas(options, mode, model, served.limits)
     facts, defaults = model.facts, model.defaults
     steps = int(_given(options, "steps", defaults.steps, facts.default_steps))
     named = _given(options, "scheduler", defaults.scheduler, default_sampler(model.scheduler))
@@ -140,8 +133,8 @@ def resolve_request(options: Options, *, served: Served, streaming: bool) -> Req
         loras=parsed.loras,
         num_images=int(options.get("num_images", 1)),
         seed=int(options["seed"]) if "seed" in options else secrets.randbelow(MAX_SEED + 1),
-        width=width,
-        height=height,
+        width=canvas.width,
+        height=canvas.height,
         steps=steps,
         face_steps=face_steps,
         cfg_scale=_cfg_scale(options, model),
@@ -153,15 +146,15 @@ def resolve_request(options: Options, *, served: Served, streaming: bool) -> Req
         inpaint_faces=bool(options.get("inpaint_faces", False)),
         use_lpw=bool(options.get("use_lpw", False)),
         faces=_face_options(options),
-        image=image,
-        mask=mask,
+        image=canvas.image,
+        mask=canvas.mask,
         size_ids={name: int(options[name]) for name in SIZE_ID_FIELDS if name in options},
         image_format=cast(ImageFormat, options.get("image_format", DEFAULT_FORMAT)),
         image_quality=int(options.get("image_quality", DEFAULT_QUALITY)),
         raw=options.get("response_encoding") == "raw",
         stages=bool(options.get("stages", False)),
         previews=bool(options.get("previews", False)),
-        warnings=_warnings(options, model, note),
+        warnings=_warnings(options, mode, model, canvas, note),
     )
 
 
@@ -185,10 +178,20 @@ def _cfg_scale(options: Options, model: ModelManifest) -> float:
     return float(_given(options, "cfg_scale", model.defaults.cfg_scale, family))
 
 
-def _warnings(options: Options, model: ModelManifest, note: str | None) -> tuple[str, ...]:
+def _warnings(
+    options: Options, mode: Mode, model: ModelManifest, canvas: Canvas, note: str | None
+) -> tuple[str, ...]:
     warnings = [note] if note else []
-    if options.get("inpaint_faces") and options.get("super_resolution") is False:
-        warnings.append("inpaint_faces turned super_resolution on.")
+    if options.get("super_resolution") is False and wants_super_resolution(options, mode):
+        cause = "only_upscale" if mode is Mode.UPSCALE else "inpaint_faces"
+        warnings.append(f"{cause} turned super_resolution on.")
+    if canvas.stretched_from:
+        across, down = canvas.stretched_from
+        warnings.append(
+            f"input_image is {across}x{down} and was stretched to {canvas.width}x{canvas.height}; "
+            "give one of w and h, or neither, to keep its shape."
+        )
+    warnings += _idle_warnings(options, mode, model)
     if options.get("image_format", DEFAULT_FORMAT) == "png" and "image_quality" in options:
         warnings.append("image_quality has no effect on PNG.")
     step = model.facts.size_step_px
@@ -200,6 +203,18 @@ def _warnings(options: Options, model: ModelManifest, note: str | None) -> tuple
     if _cfg_scale(options, model) <= 1 and options.get("negative_prompt"):
         warnings.append("negative_prompt has no effect at cfg_scale 1 and below.")
     return tuple(warnings)
+
+
+def _idle_warnings(options: Options, mode: Mode, model: ModelManifest) -> list[str]:
+    """Tell of options that change nothing."""
+    warnings = []
+    idle = [name for name in PAINTER_FIELDS if name in options]
+    paints = mode is not Mode.UPSCALE or options.get("inpaint_faces") or options.get("hires_fix")
+    if idle and not paints:
+        warnings.append(f"only_upscale alone paints nothing; without effect: {', '.join(idle)}.")
+    if model.facts.flow and not model.guidance_embeds and "cfg_scale" in options:
+        warnings.append(f"cfg_scale has no effect on {model.name}, which is not guided.")
+    return warnings
 
 
 def _given(options: Options, name: str, of_model: Value | None, of_family: Value) -> Value:
@@ -217,85 +232,11 @@ def _model(options: Options, models: Mapping[str, ModelManifest]) -> ModelManife
     return models[name]
 
 
-def _canvas(
-    options: Options, mode: Mode, model: ModelManifest, limits: Limits
-) -> tuple[Pixels | None, Pixels | None, tuple[int, int]]:
-    """Return the input picture and the mask at the size to paint, and (width, height)."""
-    image, mask = _pictures(options, limits)
-    width, height = _size(options, model, image, mode)
-    if width * height > limits.max_pixels:
-        raise RequestError(
-            {
-                "w": f"{width}x{height} are more than this server's limit of "
-                f"{limits.max_pixels} pixels; ask for a smaller picture."
-            }
-        )
-    check_engine_sizes(options, mode, model, width=width, height=height)
-    if image is not None and image.shape[:2] != (height, width):
-        image = _resized(image, (height, width))
-        mask = None if mask is None else _resized(mask, (height, width))
-    return image, mask, (width, height)
-
-
-def _pictures(options: Options, limits: Limits) -> tuple[Pixels | None, Pixels | None]:
-    if "input_image" not in options:
-        return None, None
-    image = _decoded(options, "input_image", limits, "rgb")
-    if "mask_image" not in options:
-        return image, None
-    mask = _decoded(options, "mask_image", limits, "mask")
-    if mask.shape != image.shape[:2]:
-        given, wanted = (f"{a.shape[1]}x{a.shape[0]}" for a in (mask, image))
-        raise RequestError(
-            {"mask_image": f"is {given}, input_image is {wanted}; send them in the same size."}
-        )
-    return image, mask
-
-
-def _resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    return pixels_from_floats(resize(floats_from_pixels(pixels), size))
-
-
-def _decoded(options: Options, name: str, limits: Limits, mode: Any) -> Pixels:
-    data = options[name]
-    assert isinstance(data, bytes)
-    return decode_image(data, field=name, max_pixels=limits.max_input_pixels, mode=mode)
-
-
-def _size(
-    options: Options, model: ModelManifest, image: Pixels | None, mode: Mode
-) -> tuple[int, int]:
-    """Width and height before super-resolution: w/h, then the ratio, the picture, the model."""
-    step = model.facts.size_step_px
-    native = model.native_px
-    width = _fit(int(_given(options, "w", model.defaults.width, native)), step)
-    height = _fit(int(_given(options, "h", model.defaults.height, native)), step)
-    if image is not None:
-        given_h, given_w = image.shape[:2]
-        if mode is Mode.UPSCALE:
-            return given_w, given_h
-        if not any(name in options for name in SIDE_FIELDS):
-            width, height = (_fit(side, step) for side in (given_w, given_h))
-    ratio = options.get("aspect_ratio") or LEGACY_ASPECTS.get(str(options.get("ar")))
-    if ratio and not any(name in options for name in SIDE_FIELDS):
-        across, down = ASPECT_RATIOS[str(ratio)]
-        area = width * height
-        width = _fit(math.sqrt(area * across / down), step)
-        height = _fit(math.sqrt(area * down / across), step)
-    return width, height
-
-
-def _fit(side: float, step: int) -> int:
-    side_field = FIELD_BY_NAME["w"]
-    assert side_field.minimum is not None
-    assert side_field.maximum is not None
-    nearest = int(side / step + 0.5) * step
-    return int(min(max(nearest, side_field.minimum), side_field.maximum))
-
-
 def _face_prompts(options: Options, usual: str) -> tuple[str, ...]:
     """The prompts of the faces: an empty part stands for the usual one."""
-    parts = str(options.get("face_prompt", usual)).split(FACE_SEPARATOR)
+    if "face_prompt" not in options:
+        return (usual,)
+    parts = str(options["face_prompt"]).split(FACE_SEPARATOR)
     return tuple(part.strip() or usual for part in parts) if len(parts) > 1 else (parts[0],)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from closeup.errors import RequestError
 from closeup.families import Family
-from closeup.fields import FACE_SEPARATOR
+from closeup.fields import DEFAULT_MAX_FACES, FACE_SEPARATOR
 from closeup.manifest import ModelManifest
 from closeup.options import Options, Problems, shown
 from closeup.prompt import ParsedPrompt, parse_prompt
@@ -17,6 +18,8 @@ from closeup.weighted_prompt import parse_weights
 IMAGE_FIELDS = ("only_upscale", "mask_image", "denoising_strength")
 PAINT_FIELDS = ("mask_image", "denoising_strength", "w", "h", "ar", "aspect_ratio")
 SIZE_ID_FIELDS = ("original_w", "original_h", "crop_x", "crop_y", "target_w", "target_h")
+MAX_SIDES = {"jpeg": 65500, "webp": 16383}
+"""The longest side, px, that a file format holds."""
 FACE_FIELDS = (
     "face_prompt",
     "face_denoising_strength",
@@ -42,7 +45,7 @@ class Limits:
     """Server options that bound a request.
 
     Attributes:
-        max_pixels: width times height before super-resolution.
+        max_pixels: width times height before super-resolution, and of what `hires_fix` repaints.
         max_input_pixels: width times height of `input_image`.
     """
 
@@ -149,9 +152,21 @@ def check_served(
         problems.add("super_resolution", "this server has no upscaler; export one or leave it out.")
     if options.get("inpaint_faces") and not served.has_face_detector:
         problems.add("inpaint_faces", "this server has no face detector; export one.")
+    _check_face_prompts(options, problems)
     problems.raise_if_any()
     if options.get("use_lpw"):
         _check_weights(options)
+
+
+def _check_face_prompts(options: Options, problems: Problems) -> None:
+    """Refuse more prompts than faces: each is encoded before any face is found."""
+    most = max(1, int(options.get("max_faces", DEFAULT_MAX_FACES)))
+    named = str(options.get("face_prompt", "")).count(FACE_SEPARATOR) + 1
+    if named > most:
+        problems.add(
+            "face_prompt",
+            f"holds {named} prompts; max_faces lets {most} be repainted: give no more prompts.",
+        )
 
 
 def _check_weights(options: Options) -> None:
@@ -160,6 +175,61 @@ def _check_weights(options: Options) -> None:
     faces = str(options.get("face_prompt", "")).split(FACE_SEPARATOR)
     for name, text in [*texts, *(("face_prompt", part) for part in faces)]:
         parse_weights(text, field_name=name)
+
+
+def check_pixels(options: Options, mode: Mode, limits: Limits, *, width: int, height: int) -> None:
+    """Refuse more pixels than the server paints, those of `hires_fix` included.
+
+    Args:
+        options: of the request.
+        mode: of the request.
+        limits: of the server.
+        width: of the picture before super-resolution, px.
+        height: see width.
+
+    Raises:
+        RequestError: names the field that decides the size.
+    """
+    problems = Problems()
+    if width * height > limits.max_pixels:
+        problems.add(
+            "input_image" if mode is Mode.UPSCALE else "w",
+            f"{width}x{height} are more than this server's limit of {limits.max_pixels} pixels; "
+            f"{'send' if mode is Mode.UPSCALE else 'ask for'} a smaller picture.",
+        )
+    elif options.get("hires_fix"):
+        factor = sr_factor(height, width)
+        if width * height * factor**2 > limits.max_pixels:
+            problems.add(
+                "hires_fix",
+                f"would repaint {width * factor}x{height * factor}, more than this server's limit "
+                f"of {limits.max_pixels} pixels; leave it out or ask for a smaller picture.",
+            )
+    problems.raise_if_any()
+
+
+def check_final_size(options: Options, *, width: int, height: int, enlarged: bool) -> None:
+    """Refuse pictures that the asked file format cannot hold.
+
+    Args:
+        options: of the request.
+        width: of the picture before super-resolution, px.
+        height: see width.
+        enlarged: whether it is super-resolved.
+
+    Raises:
+        RequestError: a side is longer than the format allows.
+    """
+    file_format = str(options.get("image_format", "png"))
+    most = MAX_SIDES.get(file_format)
+    factor = sr_factor(height, width) if enlarged else 1
+    if most is not None and factor * max(width, height) > most:
+        raise RequestError(
+            {
+                "image_format": f"the picture would be {factor * width}x{factor * height}; "
+                f"{file_format} holds sides up to {most}: ask for png."
+            }
+        )
 
 
 def check_engine_sizes(

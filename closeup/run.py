@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -13,13 +14,14 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from closeup.errors import ModelError, RequestCancelled
+from closeup.errors import CloseupError, ModelError, RequestCancelled
 from closeup.request import Request
 from closeup.segments import ACQUIRE, RELEASE
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 # A segment ends with the step that is under way after this time: one longer delays cancellation,
 # one shorter costs calls. What its steps bring with them is bounded apart.
@@ -164,7 +166,11 @@ class Run:
         try:
             yield
         except BaseException:
-            await self._release()
+            try:
+                await self._release()
+            except CloseupError:
+                # What happened first is what the client should hear of.
+                log.exception("a ticket could not be returned")
             raise
         self._returning = await start(self._release())
 

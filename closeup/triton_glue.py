@@ -23,6 +23,7 @@ from closeup.errors import (
     RequestError,
     UnavailableError,
 )
+from closeup.fields import FIELD_BY_NAME
 from closeup.run import Array
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ def triton_error(error: BaseException) -> Any:
     """Return the error a client sees: its code, one sentence, never a traceback."""
     if isinstance(error, CloseupError):
         code, text = error.code, str(error)
+        if code == CloseupError.code:
+            log.error("a request failed: %s", text)
     else:
         reference = uuid.uuid4().hex[:12]
         log.error("error %s", reference, exc_info=error)
@@ -182,10 +185,14 @@ class TritonModels:
 
 
 def error_from_message(model: str, message: str) -> CloseupError:
-    """Return the error that a model's message stands for."""
+    """Return the error that a model's message stands for.
+
+    An engine that refuses its tensors refuses what this server made, not what the client sent:
+    only what names a request field is the client's.
+    """
     code, separator, text = message.partition(": ")
-    if separator and code == RequestError.code:
-        field, _, sentence = text.partition(": ")
+    field, _, sentence = text.partition(": ")
+    if separator and code == RequestError.code and (field in FIELD_BY_NAME or field == "request"):
         return RequestError({field: sentence})
     if separator and code in _ERRORS:
         return _ERRORS[code](text)

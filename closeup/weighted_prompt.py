@@ -23,6 +23,9 @@ MAX_DEPTH = 50
 
 _TOKEN = re.compile(r"\\[\\()\[\]]|[()\[\]]|[^\\()\[\]]+|\\")
 _NUMBER = re.compile(r":\s*([+-]?\d*\.?\d+)\s*$")
+#: A weight stands within so many characters of its bracket: a search through a whole prompt, once
+#: a bracket, takes time that grows with the square of its length.
+_NUMBER_REACH = 40
 
 Floats = npt.NDArray[np.float32]
 
@@ -89,7 +92,7 @@ def _close(parts: list[tuple[str, float]], opened: _Open, *, explicit: bool = Tr
     factor = ROUND if opened.bracket == "(" else SQUARE
     if explicit and opened.bracket == "(" and len(parts) > opened.first:
         text, weight = parts[-1]
-        number = _NUMBER.search(text)
+        number = _NUMBER.search(text, max(0, len(text) - _NUMBER_REACH))
         if number is not None:
             factor = float(number[1])
             parts[-1] = (text[: number.start()], weight)

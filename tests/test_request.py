@@ -242,9 +242,17 @@ def test_both_sides_of_every_number_range_are_as_documented() -> None:
         ({"aspect_ratio": "16:9"}, (680, 384)),
         ({"ar": "portrait"}, (416, 624)),
         ({"w": 640}, (640, 512)),
-        ({"w": 640, "aspect_ratio": "1:1"}, (640, 512)),
+        ({"w": 640, "aspect_ratio": "1:1"}, (640, 640)),
+        ({"h": 512, "aspect_ratio": "16:9"}, (912, 512)),
+        ({"w": 640, "h": 512, "aspect_ratio": "1:1"}, (640, 512)),
         ({"input_image": png(203, 101)}, (200, 104)),
         ({"input_image": png(203, 101), "w": 128, "h": 64}, (128, 64)),
+        ({"input_image": png(500, 1000), "w": 256}, (256, 512)),
+        ({"input_image": png(500, 1000), "h": 256}, (128, 256)),
+        ({"input_image": png(3000, 1000)}, (2048, 680)),
+        ({"input_image": png(2500, 2000)}, (2048, 1640)),
+        ({"input_image": png(40, 60)}, (64, 96)),
+        ({"input_image": png(400, 400), "aspect_ratio": "1:1"}, (400, 400)),
     ],
 )
 def test_size_comes_from_sides_then_ratio_then_picture_then_model(
@@ -254,6 +262,84 @@ def test_size_comes_from_sides_then_ratio_then_picture_then_model(
     assert (request.width, request.height) == size
     if request.image is not None:
         assert request.image.shape == (size[1], size[0], 3)
+        assert not any("stretched" in sentence for sentence in request.warnings)
+
+
+def test_a_picture_is_shrunk_in_its_shape_when_the_server_paints_fewer_pixels() -> None:
+    request = resolve(prompt="a", input_image=png(1000, 600), limits=Limits(max_pixels=256 * 256))
+    assert request.width * request.height <= 256 * 256
+    assert (request.width, request.height) == (328, 192)
+    assert request.warnings == ()
+
+
+def test_client_is_told_when_its_picture_was_stretched() -> None:
+    for fields, size in (
+        ({"w": 64, "h": 64}, "64x64"),
+        ({"aspect_ratio": "2:3"}, "232x344"),
+        ({"w": 64, "ar": "1:1"}, "64x64"),
+    ):
+        request = resolve(prompt="a", input_image=png(400, 200), **fields)
+        (sentence,) = request.warnings
+        assert "400x200" in sentence
+        assert size in sentence
+
+
+def test_pixels_of_the_enlarged_picture_count_when_hires_fix_repaints_them() -> None:
+    fields: dict[str, Any] = {"prompt": "a", "w": 512, "h": 512, "super_resolution": True}
+    limits = Limits(max_pixels=512 * 512)
+    assert resolve(**fields, limits=limits).width == 512
+    problems = refused(**fields, hires_fix=True, limits=limits)
+    assert list(problems) == ["hires_fix"]
+    assert "2048x2048" in problems["hires_fix"]
+    upscale: dict[str, Any] = {"prompt": "a", "input_image": png(600, 500), "only_upscale": True}
+    assert list(refused(**upscale, limits=limits)) == ["input_image"]
+
+
+def test_pictures_that_a_file_format_cannot_hold_are_refused() -> None:
+    wide: dict[str, Any] = {"prompt": "a", "input_image": png(5000, 64), "only_upscale": True}
+    assert resolve(**wide).width == 5000
+    problems = refused(**wide, image_format="webp")
+    assert list(problems) == ["image_format"]
+    assert "20000x256" in problems["image_format"]
+    assert resolve(**wide, image_format="jpeg").image_format == "jpeg"
+
+
+def test_more_face_prompts_than_faces_may_be_repainted_are_refused() -> None:
+    both: dict[str, Any] = {"prompt": "a", "inpaint_faces": True}
+    assert len(resolve(**both, face_prompt="[SEP]" * 31).face_prompts) == 32
+    assert list(refused(**both, face_prompt="[SEP]" * 32)) == ["face_prompt"]
+    assert "3 prompts" in refused(**both, face_prompt="a[SEP]b[SEP]c", max_faces=2)["face_prompt"]
+    assert resolve(**both, face_prompt="a", max_faces=0).face_prompts == ("a",)
+
+
+def test_the_separator_is_plain_text_when_it_stands_in_the_prompt_itself() -> None:
+    request = resolve(prompt="a [SEP] b", inpaint_faces=True)
+    assert request.face_prompts == ("a [SEP] b, close up of the face",)
+    assert request.faces.order is FaceOrder.AREA
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"steps": 9, "cfg_scale": 3.0}, ["steps", "cfg_scale"]),
+        ({"negative_prompt": "b", "scheduler": "ddim"}, ["negative_prompt", "scheduler"]),
+        ({"steps": 9, "inpaint_faces": True}, []),
+        ({"super_resolution": False}, ["super_resolution on"]),
+    ],
+)
+def test_client_is_told_what_has_no_effect_when_a_picture_is_only_upscaled(
+    fields: dict[str, Any], told: list[str]
+) -> None:
+    request = resolve(prompt="a", input_image=png(64, 64), only_upscale=True, **fields)
+    assert len(request.warnings) == bool(told)
+    assert all(word in request.warnings[0] for word in told)
+
+
+def test_client_is_told_when_guidance_does_nothing_on_a_model_without_it() -> None:
+    for embeds in (False, True):
+        models = {"flux": make_manifest(family="flux", guidance_embeds=embeds)}
+        request = resolve(models=models, prompt="a", cfg_scale=4.0)
+        assert any("cfg_scale" in sentence for sentence in request.warnings) != embeds
 
 
 def test_model_defaults_win_over_the_family_and_fields_over_both() -> None:

@@ -51,18 +51,31 @@ class Guide:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conditioning:
-    """The request's prompts, encoded."""
+    """The request's prompts, encoded.
 
-    negative: Embedding
+    Attributes:
+        negatives: the negative prompt at each of the lengths L that the others have.
+        prompt: of the picture.
+        face_prompts: one for all faces, or one a repainted face; equal ones are one object.
+    """
+
+    negatives: Mapping[int, Embedding]
     prompt: Embedding
     face_prompts: tuple[Embedding, ...]
 
-    def face_guides(self, run: Run, *, side: int) -> list[Guide]:
-        """Return `guide` of every face prompt, for squares of ``side`` px."""
-        return [
-            self._guide(run, prompt, height=side, width=side, given={})
-            for prompt in self.face_prompts
-        ]
+    def face_guides(self, run: Run, *, side: int, faces: int) -> list[Guide]:
+        """Return `guide` of the face prompts, for squares of ``side`` px.
+
+        Args:
+            run: the request.
+            side: of the squares, px.
+            faces: how many faces are repainted in a picture at most; no more guides than that.
+        """
+        made: dict[int, Guide] = {}
+        for prompt in self.face_prompts[:faces]:
+            if id(prompt) not in made:
+                made[id(prompt)] = self._guide(run, prompt, height=side, width=side, given={})
+        return [made[id(prompt)] for prompt in self.face_prompts[:faces]]
 
     def guide(self, run: Run, *, height: int, width: int) -> Guide:
         """Return the rows of one sequence.
@@ -80,7 +93,7 @@ class Conditioning:
     ) -> Guide:
         request = run.request
         facts = request.model.facts
-        rows = [self.negative, prompt] if is_guided(run) else [prompt]
+        rows = [self.negatives[len(prompt.context)], prompt] if is_guided(run) else [prompt]
         extras: dict[str, Floats] = {}
         if "pooled" in facts.row_extras:
             extras["pooled"] = np.stack([row.pooled for row in rows if row.pooled is not None])
@@ -107,42 +120,80 @@ def _time_ids(height: int, width: int, given: Mapping[str, int]) -> tuple[int, .
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Encoded:
+    """What one encoder makes of several texts.
+
+    Attributes:
+        contexts: of each text (L, D) float32, all of its chunks; empty where the encoder gives
+            none.
+        weights: of each text (L,) float32; None for plain prompts.
+        empty: context of a chunk without words, (L, D) float32; None for plain prompts.
+        pooled: (n, P) float32; None where the encoder gives none.
+    """
+
+    contexts: Sequence[Floats]
+    weights: Sequence[Floats] | None = None
+    empty: Floats | None = None
+    pooled: Floats | None = None
+
+    def at(self, index: int, length: int) -> Floats:
+        """The context of a text, weighted, with empty chunks until it has ``length`` rows.
+
+        Weights come last, since they keep the mean of the whole.
+        """
+        context = self.contexts[index]
+        if self.weights is None or self.empty is None:
+            return context
+        missing = (length - len(context)) // len(self.empty)
+        return apply_weights(
+            np.concatenate([context, *[self.empty] * missing]),
+            _padded_weights(self.weights[index], length),
+        )
+
+
 async def encode_prompts(run: Run, tokenizers: Sequence[PromptTokenizer]) -> Conditioning:
     """Encode the negative prompt, the prompt and the face prompts.
 
-    The first call takes the request's ticket, so nothing runs without one. Prompts longer than an
-    encoder reads are cut, with a warning.
+    The first call takes the request's ticket, so nothing runs without one. Plain prompts longer
+    than an encoder reads are cut, with a warning. Of weighted ones each is brought to the length
+    of the negative prompt beside it, or that to its: what other prompts there are changes nothing.
     """
     request = run.request
     texts = [(NEGATIVE, request.negative_prompt or ""), ("prompt", request.prompt)]
-    if request.inpaint_faces:
-        texts += [(FACE, prompt) for prompt in request.face_prompts]
-    contexts: list[Floats] = []
-    pooled: Floats | None = None
-    for encoder, tokenizer in zip(request.model.encoders, tokenizers, strict=True):
-        states = await _encode(run, encoder, tokenizer, texts)
-        if "context" in states:
-            contexts.append(states["context"])
-        pooled = states.get("pooled", pooled)
-    joined = np.concatenate(contexts, axis=-1)
-    embeddings = [
-        Embedding(context=context, pooled=None if pooled is None else pooled[index])
-        for index, context in enumerate(joined)
+    faces = list(dict.fromkeys(request.face_prompts)) if request.inpaint_faces else []
+    texts += [(FACE, prompt) for prompt in faces]
+    encoded = [
+        await _encode(run, encoder, tokenizer, texts)
+        for encoder, tokenizer in zip(request.model.encoders, tokenizers, strict=True)
     ]
-    negative = embeddings[0]
+    sources = [one for one in encoded if one.contexts]
+    pooled = next((one.pooled for one in reversed(encoded) if one.pooled is not None), None)
+
+    def embedding(index: int, length: int) -> Embedding:
+        return Embedding(
+            context=np.concatenate([one.at(index, length) for one in sources], axis=-1),
+            pooled=None if pooled is None else pooled[index],
+        )
+
+    lengths = [max(len(one.contexts[i]) for one in sources) for i in range(len(texts))]
+    if is_guided(run):
+        lengths = [max(length, lengths[0]) for length in lengths]
+    prompts = [embedding(index, lengths[index]) for index in range(1, len(texts))]
+    negatives = (
+        {length: embedding(0, length) for length in set(lengths[1:])} if is_guided(run) else {}
+    )
     if request.negative_prompt is None and request.model.zero_empty_negative:
-        negative = _zeros_like(negative)
-    faces = tuple(embeddings[2:]) or (embeddings[1],)
-    return Conditioning(negative=negative, prompt=embeddings[1], face_prompts=faces)
+        negatives = {length: _zeros_like(one) for length, one in negatives.items()}
+    by_text = dict(zip(faces, prompts[1:], strict=True))
+    face_prompts = [by_text[text] for text in request.face_prompts] if faces else [prompts[0]]
+    return Conditioning(negatives=negatives, prompt=prompts[0], face_prompts=tuple(face_prompts))
 
 
 async def _encode(
     run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: Sequence[tuple[str, str]]
-) -> dict[str, Floats]:
-    """Return an encoder's outputs for fields' texts: context (n, L, D), pooled (n, P).
-
-    Long texts are cut, with a warning; a face prompt keeps the model's suffix.
-    """
+) -> _Encoded:
+    """Encode fields' texts. Long ones are cut, with a warning; a face prompt keeps the suffix."""
     if run.request.use_lpw:
         return await _encode_weighted(run, encoder, tokenizer, texts)
     suffix = run.request.model.face_prompt_suffix
@@ -156,13 +207,14 @@ async def _encode(
                 f"{field} is {tokens.truncated} tokens longer than the {tokenizer.room} that "
                 f"{encoder.name} reads; its end was cut."
             )
-    return await _states(run, encoder, np.stack([tokens.ids for tokens in encoded]))
+    states = await _states(run, encoder, np.stack([tokens.ids for tokens in encoded]))
+    return _Encoded(contexts=list(states.get("context", ())), pooled=states.get("pooled"))
 
 
 async def _encode_weighted(
     run: Run, encoder: TextEncoder, tokenizer: PromptTokenizer, texts: Sequence[tuple[str, str]]
-) -> dict[str, Floats]:
-    """The same for weighted prompts: chunks side by side along L, all texts of equal length.
+) -> _Encoded:
+    """The same for weighted prompts: chunks side by side along L.
 
     TensorRT plans take a number of chunks at most; what is longer is cut, with a warning.
     """
@@ -179,29 +231,29 @@ async def _encode_weighted(
                     f"engines of {run.request.model.name} take; its end was cut."
                 )
         prompts.append(prompt)
-    chunks = max(len(prompt.ids) for prompt in prompts)
     empty = encode_weighted(tokenizer, encoder.tokenizer, [])
-    ids = [
-        np.concatenate([prompt.ids, *[empty.ids] * (chunks - len(prompt.ids))])
-        for prompt in prompts
-    ]
-    states = await _states(run, encoder, np.concatenate(ids))
-    if "pooled" in states:
-        states["pooled"] = states["pooled"][::chunks]  # of each prompt's first chunk
+    rows = [*(prompt.ids for prompt in prompts), empty.ids]
+    states = await _states(run, encoder, np.concatenate(rows))
+    stops = np.cumsum([len(ids) for ids in rows])
+    starts = [0, *stops[:-2]]
+    contexts: list[Floats] = []
     if "context" in states:
-        joined = states["context"].reshape(len(texts), -1, states["context"].shape[-1])
-        states["context"] = np.stack(
-            [
-                apply_weights(context, _padded_weights(prompt.weights, joined.shape[1]))
-                for context, prompt in zip(joined, prompts, strict=True)
-            ]
+        *contexts, nothing = (
+            chunks.reshape(-1, chunks.shape[-1])
+            for chunks in np.split(states["context"], stops[:-1])
         )
-    return states
+    return _Encoded(
+        contexts=contexts,
+        weights=[prompt.weights.ravel() for prompt in prompts],
+        empty=nothing if contexts else None,
+        # Of each prompt's first chunk.
+        pooled=states["pooled"][starts] if "pooled" in states else None,
+    )
 
 
 def _padded_weights(weights: Floats, length: int) -> Floats:
     padded = np.ones(length, np.float32)
-    padded[: weights.size] = weights.ravel()
+    padded[: len(weights)] = weights
     return padded
 
 

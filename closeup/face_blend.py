@@ -263,18 +263,24 @@ class FacePlace:
         return self.crop.shifted(-self.region[1].start, -self.region[0].start)
 
 
-def find_place(pixels: Pixels, crop: FaceCrop, mask: Floats) -> FacePlace:
+def find_place(
+    pixels: Pixels, crop: FaceCrop, mask: Floats, allowed: Floats | None = None
+) -> FacePlace:
     """Prepare the blending of one face.
 
     Args:
         pixels: (H, W, 3) uint8 RGB.
         crop: the square that was cut.
         mask: (work, work) float32 in [0, 1].
+        allowed: (H, W) float32 in [0, 1], by which the mask is multiplied on the picture's own
+            pixels: where it is 0 no byte changes. None allows all.
     """
     region = crop.region((pixels.shape[0], pixels.shape[1]))
     part = floats_from_pixels(pixels[region])
     moved = crop.shifted(-region[1].start, -region[0].start)
     alpha, _ = paste(mask, moved, _size_of(part))
+    if allowed is not None:
+        alpha = alpha * allowed[region]
     fit_px = min(mask.shape[0], _FIT_PX)
     ring = _ring_of(resize(mask, (fit_px, fit_px)))
     return FacePlace(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -24,6 +24,8 @@ LOST_LATENTS, KEPT_LATENTS = 4.0, 8.0
 #: A face whose middle lies in a larger face, with less than this share of its area, is taken for
 #: a second detection of the same face.
 DUPLICATE_AREA = 0.4
+#: A face of which a request's mask leaves less than this share of the box is left alone.
+LEAST_OPEN = 0.1
 # Faces are told apart, for their seeds, by the cell of a grid over the picture they lie in.
 _SEED_GRID = 32
 
@@ -143,6 +145,8 @@ def plan_faces(
     seed: int,
     defaults: FaceDefaults | None = None,
     enlarged: float = 1.0,
+    open_share: Callable[[Face], float] | None = None,
+    count_steps: Callable[[FacePlan], int] | None = None,
 ) -> list[FacePlan]:
     """Decide what happens to each face of a picture.
 
@@ -159,6 +163,11 @@ def plan_faces(
         enlarged: how much super-resolution has enlarged each side. A face is skipped when the
             model painted its crop with as many pixels as a repaint would have, so what counts
             is its size before.
+        open_share: says how much of a face's box the request lets be repainted, 0 to 1; None
+            lets all. What is left alone for it is neither the largest face nor one of
+            ``max_faces``.
+        count_steps: says how many steps a face's strength leaves of the schedule; None leaves
+            enough.
 
     Returns:
         One plan a face, in the order asked for.
@@ -190,25 +199,32 @@ def plan_faces(
             work_px=work_px,
         )
         plans.append(plan)
-    largest = max((face.side for face in ordered), default=0.0)
-    return _with_actions(plans, duplicates, largest, options, enlarged)
+    reasons: dict[int, str] = {}
+    for plan in plans:
+        if plan.index in duplicates:
+            reasons[plan.index] = (
+                "It lies inside a larger face and is taken for a second detection of it."
+            )
+        elif open_share and open_share(plan.face) < LEAST_OPEN:
+            reasons[plan.index] = "It lies outside mask_image."
+    largest = max((p.face.side for p in plans if p.index not in reasons), default=0.0)
+    for plan in plans:
+        reason = reasons.get(plan.index) or _skip_reason(plan, largest, options, enlarged)
+        if not reason and count_steps and not count_steps(plan):
+            reason = "Its strength times face_steps is below one step."
+        if reason:
+            reasons[plan.index] = reason
+    return _with_actions(plans, reasons, options)
 
 
 def _with_actions(
-    plans: Sequence[FacePlan],
-    duplicates: set[int],
-    largest: float,
-    options: FaceOptions,
-    enlarged: float,
+    plans: Sequence[FacePlan], reasons: Mapping[int, str], options: FaceOptions
 ) -> list[FacePlan]:
+    """Skip the faces with a reason, and those past ``max_faces``."""
     decided = []
     repainted = 0
     for plan in plans:
-        reason = (
-            "It lies inside a larger face and is taken for a second detection of it."
-            if plan.index in duplicates
-            else _skip_reason(plan, largest, options, enlarged)
-        )
+        reason = reasons.get(plan.index)
         if reason is None and options.max_faces is not None and repainted >= options.max_faces:
             reason = f"{repainted} faces before it reach the limit max_faces={options.max_faces}."
         if reason is None:
@@ -313,8 +329,13 @@ def face_seed(seed: int, face: Face, image_size: tuple[int, int]) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def face_report(plan: FacePlan) -> dict[str, Any]:
-    """Return what ``info`` says of one face: plain numbers and strings, px of the picture."""
+def face_report(plan: FacePlan, prompt: int | None) -> dict[str, Any]:
+    """Return what ``info`` says of one face: plain numbers and strings, px of the picture.
+
+    Args:
+        plan: of the face.
+        prompt: which of the face prompts it was repainted with, from 0; None for a skipped one.
+    """
     return {
         "index": plan.index,
         "box": [round(value, 1) for value in plan.face.box],
@@ -324,6 +345,7 @@ def face_report(plan: FacePlan) -> dict[str, Any]:
         "reason": plan.reason,
         "strength": round(plan.strength, 4),
         "seed": plan.seed,
+        "prompt": prompt,
         "crop": {
             "center": [round(value, 1) for value in plan.crop.center],
             "side": round(plan.crop.side, 1),

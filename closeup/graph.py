@@ -25,7 +25,7 @@ from closeup.diffuse import (
 )
 from closeup.enlarge import super_resolve_all
 from closeup.face_pass import FaceReport, inpaint_faces
-from closeup.images import floats_from_pixels, pixels_from_floats
+from closeup.images import floats_from_pixels, pixels_from_floats, resize
 from closeup.manifest import UpscalerManifest
 from closeup.noise import TorchNormal
 from closeup.request import Mode, Request
@@ -81,8 +81,12 @@ async def generate(
             assert upscaler is not None
             pictures = await super_resolve_all(run, pictures, upscaler)
             keep_stage(request, stages, "super_resolution", pictures)
+        seen, enlarged = originals, pictures[0].shape[0] / originals[0].shape[0]
         if request.hires_fix:
-            pictures = await repaint_lightly(run, pictures, conditioning)
+            repainted = await repaint_lightly(run, pictures, conditioning)
+            if repainted is not pictures and request.inpaint_faces:
+                seen, enlarged = shrunk_to(repainted, originals), 1.0
+            pictures = repainted
             keep_stage(request, stages, "hires_fix", pictures)
         pixels = [pixels_from_floats(picture) for picture in pictures]
         if request.inpaint_faces:
@@ -90,7 +94,8 @@ async def generate(
             pixels, faces = await inpaint_faces(
                 run,
                 pixels,
-                originals=originals,
+                seen=seen,
+                enlarged=enlarged,
                 upscaler=upscaler,
                 conditioning=conditioning,
             )
@@ -244,6 +249,14 @@ def pad_to_multiple(picture: Floats, multiple: int) -> Floats:
     if not any(missing):
         return picture
     return np.pad(picture, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="symmetric")
+
+
+def shrunk_to(pictures: Sequence[Floats], sizes: Sequence[Pixels]) -> list[Pixels]:
+    """Return pictures (H, W, 3) float32 averaged down to the size of others, as bytes."""
+    return [
+        pixels_from_floats(resize(picture, (size.shape[0], size.shape[1]), how="area"))
+        for picture, size in zip(pictures, sizes, strict=True)
+    ]
 
 
 def keep_stage(

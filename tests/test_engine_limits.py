@@ -104,11 +104,14 @@ def test_weighted_prompts_are_cut_to_the_engines_chunks_with_a_warning(
     run = Run(request=request, models=engine, check=lambda: None, report=lambda event: None)
     tokenizer: Any = LetterTokenizer()
     found = asyncio.run(encode_prompts(run, [tokenizer]))
-    assert engine.ids.shape == (2 * chunks, 8)
+    # The negative prompt's chunk, the prompt's, and an empty one to bring them to one length.
+    assert engine.ids.shape == (1 + chunks + 1, 8)
     assert found.prompt.context.shape == (8 * chunks, 3)
     # The first chunks are whole: begin, six letters, end.
-    assert engine.ids[chunks].tolist() == [90, 0, 1, 2, 3, 4, 5, 91]
-    assert engine.rows == [2 * chunks]
+    assert engine.ids[1].tolist() == [90, 0, 1, 2, 3, 4, 5, 91]
+    assert engine.rows == [chunks + 2]
+    (negative,) = found.negatives.values()
+    assert negative.context.shape == found.prompt.context.shape
     warned = [text for text in run.warnings if "longer than 2 chunks of 6 tokens" in text]
     assert len(warned) == (1 if limits else 0)
 
@@ -120,14 +123,14 @@ def test_weighted_prompts_come_in_calls_that_the_served_encoder_takes_when_nothi
     manifest = make_manifest()
     encoder = type(manifest.encoders[0])(name="text_encoder", tokenizer=facts)
     models = {"toy": make_manifest(encoders=(encoder,), lora=None, max_batch=1)}
-    request = resolve(models=models, prompt="abcdefghij" * 5, use_lpw=True, w=512, h=512)
+    request = resolve(models=models, prompt="abcdefghij" * 8, use_lpw=True, w=512, h=512)
     engine = RecordingEncoder()
     run = Run(request=request, models=engine, check=lambda: None, report=lambda event: None)
     tokenizer: Any = LetterTokenizer()
     found = asyncio.run(encode_prompts(run, [tokenizer]))
-    assert engine.rows == [12, 6]  # two prompts of nine chunks
+    assert engine.rows == [12, 4]  # the negative prompt, fourteen chunks, an empty one
     assert max(engine.rows) <= encoder_batch(models["toy"])
-    letters = [ord(letter) - ord("a") for letter in "abcdefghij" * 5]
-    # Each chunk is begin, six letters, end; the last has two.
-    got = found.prompt.context[:, 0].reshape(9, 8)[:, 1:7].ravel()[:50].tolist()
+    letters = [ord(letter) - ord("a") for letter in "abcdefghij" * 8]
+    # Each chunk is begin, six letters, end; the last has two letters.
+    got = found.prompt.context[:, 0].reshape(14, 8)[:, 1:7].ravel()[:80].tolist()
     assert got == letters

@@ -292,7 +292,7 @@ def test_plan_faces_keeps_the_face_in_the_crop_when_huge_and_tilted() -> None:
 
 def test_face_report_is_json_when_written() -> None:
     plans = make_plans([make_face(400, 300, tilt_deg=30), make_face(100, 100, 300)])
-    reports = json.loads(json.dumps([face_report(plan) for plan in plans]))
+    reports = json.loads(json.dumps([face_report(plan, None) for plan in plans]))
     assert [report["action"] for report in reports] == ["skip", "repaint"]
     assert reports[1]["reason"] is None
     assert reports[1]["crop"]["angle_deg"] == 30.0

@@ -95,6 +95,8 @@ def under_masks(plans: list[FacePlan]) -> Any:
     return covered
 
 
+#: Of these hires_fix paints fewer pixels than the face pass does.
+SMALL = [make_face(30, 30, 5), make_face(90, 90, 6)]
 GRID = [make_face(11 + 21 * i, 13 + 25 * j, 14.0) for i in range(6) for j in range(5)]
 SCENES: Mapping[str, tuple[list[Face], int]] = {  # faces, and how many of them are repainted
     "one": ([make_face(60, 50, 24)], 1),
@@ -175,7 +177,7 @@ def test_face_strength_zero_changes_nothing(make: Make) -> None:
 
 
 def test_stages_run_in_order_and_leave_their_pictures(make: Make) -> None:
-    toy = make(faces=SCENES["one"][0])
+    toy = make(faces=SMALL)
     run, outcome, _ = toy.paint(**FACES, hires_fix=True)
     order = ["encode", "generate", "super_resolution", "hires_fix", "detect", "faces"]
     assert list(run.timings_ms) == order
@@ -199,6 +201,30 @@ def test_stages_run_in_order_and_leave_their_pictures(make: Make) -> None:
     assert info["size"] == [SIDE * FACTOR] * 2
     assert info["generated_size"] == [SIDE] * 2
     assert [entry["stage"] for entry in info["stage_images"]] == list(outcome.stages)
+
+
+def test_faces_are_those_of_the_repainted_picture_when_hires_fix_has_repainted_it(
+    make: Make,
+) -> None:
+    toy = make(faces=SCENES["one"][0])
+    looked_at: list[Array] = []
+
+    def keep(inputs: Mapping[str, Array], outputs: Outputs) -> Outputs:
+        looked_at.append(inputs["input"])
+        return outputs
+
+    toy.faults["face_detector"] = keep
+    plain = toy.paint(**FACES)[1]
+    fixed = toy.paint(**FACES, hires_fix=True, hires_denoising_strength=0.9)[1]
+    assert plain.faces[0][0]["action"] == "repaint"
+    # The crop, 192 px, has just been painted with as many: 64 would be fewer.
+    assert fixed.faces[0][0]["action"] == "skip"
+    assert "192x192" in fixed.faces[0][0]["reason"]
+    first, second = (array for array in looked_at if array.shape[-1] == 512)
+    assert np.abs(first - second).mean() > 5  # of 255: another picture
+    # A hires_fix of no step has repainted nothing.
+    idle = toy.paint(**FACES, hires_fix=True, hires_denoising_strength=0.1)[1]
+    assert idle.faces[0][0]["action"] == "repaint"
 
 
 def test_no_stage_pictures_are_kept_when_not_asked_for(toy: ToyModels) -> None:
@@ -278,7 +304,7 @@ def test_max_faces_repaints_the_largest(make: Make) -> None:
 
 
 def test_usage_counts_cycles_steps_and_faces(make: Make) -> None:
-    toy = make(faces=[make_face(30, 30, 16), make_face(90, 90, 24)])
+    toy = make(faces=SMALL)
     before = toy.denoiser().counters.sequence_steps
     run, outcome, _ = toy.paint(**FACES, num_images=2, face_denoising_strength=0.5, hires_fix=True)
     hires = int(STEPS * 0.3)
@@ -355,7 +381,7 @@ def test_face_steps_and_strength_say_how_many_run_when_a_face_is_repainted(make:
 def _fingerprints(toy: ToyModels, **fields: Any) -> list[bytes]:
     """What the middles of three faces were repainted to, from left to right."""
     run, outcome, _ = toy.paint(**FACES, face_denoising_strength=0.9, **fields)
-    assert run.warnings == []
+    assert all(sentence.startswith("face_prompt holds") for sentence in run.warnings)
     reports = sorted(outcome.faces[0], key=lambda report: float(report["box"][0]))
     middles = [np.add(report["box"][:2], report["box"][2:]) / 2 for report in reports]
     return [
@@ -392,15 +418,14 @@ def test_many_face_prompts_are_encoded_in_calls_that_every_engine_takes(make: Ma
     toy.faults["toy_text_encoder"] = count_rows
     few = _fingerprints(toy, face_prompt="word9[SEP]word3[SEP]word5")
     rows.clear()
-    many = _fingerprints(
-        toy, face_prompt="[SEP]".join(["word9", "word3", "word5"] + ["word8"] * 20)
-    )
+    unused = [" ".join(["word8"] * count) for count in range(1, 21)]
+    many = _fingerprints(toy, face_prompt="[SEP]".join(["word9", "word3", "word5"] + unused))
     assert rows == [12, 12, 1]
     assert many == few
 
 
 def test_progress_is_monotone_and_complete(make: Make) -> None:
-    toy = make(faces=GRID[:3])
+    toy = make(faces=SMALL)
     run, _, events = toy.paint(**FACES, num_images=2, hires_fix=True)
     by_stage: dict[str, list[Progress]] = {}
     for event in events:
@@ -489,7 +514,7 @@ class Stop:
      ("faces", 0)],
 )  # fmt: skip
 def test_cancelled_request_stops_within_one_segment(make: Make, stage: str, step: int) -> None:
-    toy = make(faces=SCENES["one"][0])
+    toy = make(faces=SMALL)
     stop = Stop(stage, step, RequestCancelled("the client went away."))
     request = toy.resolve(**{**FACES, "steps": 40, "hires_fix": True})
     run = toy.start(request, report=stop.report, check=stop.check)
@@ -624,3 +649,65 @@ def test_faces_outside_the_mask_are_left_alone(make: Make) -> None:
     inside, outside = sorted(outcome.faces[0], key=lambda face: face["box"][0])
     assert inside["action"] == "repaint"
     assert (outside["action"], outside["reason"]) == ("skip", "It lies outside mask_image.")
+
+
+def test_a_face_changes_inside_the_mask_alone_when_the_mask_cuts_it(make: Make) -> None:
+    toy = make(faces=[make_face(60, 60, 24)])
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[30:58, 30:90] = 255  # its forehead and eyes
+    inputs = {"input_image": png(waves(SIDE, SIDE)), "mask_image": png(mask)}
+    fields = {**FACES, "face_denoising_strength": 0.9, "denoising_strength": 0.5}
+    _, outcome, _ = toy.paint(**fields, **inputs)
+    assert outcome.faces[0][0]["action"] == "repaint"
+    before, after = outcome.stages["super_resolution"][0], outcome.pictures[0]
+    changed = (before != after).any(-1)
+    allowed = mask.repeat(FACTOR, 0).repeat(FACTOR, 1) > 0
+    assert not changed[~allowed].any()
+    assert changed[allowed].mean() > 0.2
+    # Next to the mask's edge hardly anything: no seam.
+    edge = allowed & ~np.roll(allowed, -1, 0)
+    assert np.abs(before.astype(int) - after)[edge].max() <= 8
+
+
+def test_faces_outside_the_mask_neither_count_nor_measure_the_others(make: Make) -> None:
+    toy = make(faces=[make_face(40, 50, 5), make_face(100, 50, 60)])
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[32:80, 16:60] = 255
+    inputs = {"input_image": png(waves(SIDE, SIDE)), "mask_image": png(mask)}
+    _, outcome, _ = toy.paint(**FACES, **inputs, max_faces=1)
+    actions = {face["box"][0] < 200: face["action"] for face in outcome.faces[0]}
+    assert actions == {True: "repaint", False: "skip"}
+
+
+def test_client_learns_which_prompt_a_face_got_and_which_were_not_used(make: Make) -> None:
+    toy = make(faces=GRID[:10:5])
+    run, outcome, _ = toy.paint(**FACES, face_prompt="word9[SEP]word3[SEP]word5")
+    by_place = sorted(outcome.faces[0], key=lambda face: float(face["box"][0]))
+    assert [face["prompt"] for face in by_place] == [0, 1]
+    assert run.warnings == [
+        "face_prompt holds 3 prompts, of which 2 were used: no picture has more faces that were "
+        "repainted."
+    ]
+    run, outcome, _ = toy.paint(**FACES, face_prompt="word9", max_faces=1)
+    assert sorted(str(face["prompt"]) for face in outcome.faces[0]) == ["0", "None"]
+    assert run.warnings == []
+
+
+def test_the_picture_under_the_faces_stays_when_face_prompts_are_longer_than_its_own(
+    make: Make,
+) -> None:
+    toy = make(faces=GRID[:2])
+    fields = {**FACES, "use_lpw": True, "prompt": "word5 " * 70}
+    pictures = [
+        toy.paint(**{**fields, "inpaint_faces": faces, "super_resolution": True}, **more)[1]
+        for faces, more in (
+            (False, {}),
+            (True, {}),
+            (True, {"face_prompt": "word9 " * 80}),
+            (True, {"face_prompt": "word9"}),
+        )
+    ]
+    bases = [outcome.stages["generated"][0] for outcome in pictures]
+    for base in bases[1:]:
+        assert np.array_equal(base, bases[0])
+    assert not np.array_equal(pictures[2].pictures[0], pictures[3].pictures[0])

@@ -51,7 +51,8 @@ async def closeup_pass(job: Job, base: Base) -> Repainted:
     pictures, reports = await inpaint_faces(
         job.run,
         [base.picture],
-        originals=[base.original],
+        seen=[base.original],
+        enlarged=base.enlarged,
         upscaler=job.upscaler,
         conditioning=job.conditioning,
     )
@@ -274,7 +275,7 @@ async def _paint_area(
     known = sample_posterior(run, await encode_picture(run, crop), stream)
     noise = stream.randn(known.shape)
     if suffix:
-        guide = job.conditioning.face_guides(run, side=side)[0]
+        guide = job.conditioning.face_guides(run, side=side, faces=1)[0]
     else:
         guide = job.conditioning.guide(run, height=side, width=side)
     latents = await denoise(

@@ -136,6 +136,15 @@ async def paint(
         assert request.image is not None
         run.warn("denoising_strength times steps is below one step: nothing was done.")
         return [floats_from_pixels(request.image)] * request.num_images
+    if request.mask is not None:
+        shape = latent_shape(request, request.height, request.width)
+        if not latent_mask(request.mask, shape[1:]).any():
+            run.warn(
+                "mask_image has no white area of 8x8 px, the size of a latent: nothing was "
+                "repainted."
+            )
+            assert request.image is not None
+            return [floats_from_pixels(request.image)] * request.num_images
     guide = conditioning.guide(run, height=request.height, width=request.width)
     with run.stage("generate", len(table.timesteps) * request.num_images):
         moments = None

@@ -127,7 +127,8 @@ def fit_tile(
         max_tile: the longest side a tile may have, px.
         overlap: the least that neighbours share, px.
         multiple: sides are rounded up to this where the picture is split; an axis that needs no
-            split keeps the picture's own length, so nothing is padded.
+            split is rounded up to an even length, which networks that begin by folding 2x2 pixels
+            into channels demand.
 
     Returns:
         (height, width) of a tile, px.
@@ -136,7 +137,7 @@ def fit_tile(
     def fit(size: int) -> int:
         count = _count(size, max_tile, overlap)
         if count == 1:
-            return size
+            return size + size % 2
         least = math.ceil((size + overlap * (count - 1)) / count)
         return min(max_tile, math.ceil(least / multiple) * multiple)
 

@@ -640,6 +640,18 @@ def test_inpainting_keeps_the_latents_outside_its_mask(toy: ToyModels) -> None:
     assert change[mask > 0].mean() > 20
 
 
+def test_nothing_is_painted_when_the_mask_is_black(toy: ToyModels) -> None:
+    picture = waves(SIDE, SIDE)
+    for white in (slice(0, 0), slice(1, 8)):  # nowhere, and in no latent's corner
+        mask = np.zeros((SIDE, SIDE), np.uint8)
+        mask[white, white] = 255
+        run, outcome, _ = toy.paint(**FIELDS, input_image=png(picture), mask_image=png(mask))
+        assert np.array_equal(outcome.pictures[0], picture)
+        assert run.usage["denoiser_steps"] == 0
+        (sentence,) = run.warnings
+        assert sentence.startswith("mask_image has no white area")
+
+
 def test_faces_outside_the_mask_are_left_alone(make: Make) -> None:
     toy = make(faces=[make_face(40, 50, 20), make_face(100, 50, 20)])
     mask = np.zeros((SIDE, SIDE), np.uint8)

@@ -146,6 +146,9 @@ def test_fit_tile_needs_no_more_tiles_when_shrunk() -> None:
     assert len(fitted.corners) == len(full.corners) == 6
     assert 6 * height * width < 1.15 * 896 * 1152
     assert fit_tile(100, 300, max_tile=512, overlap=32) == (100, 300)
+    # Even sides, for networks that fold 2x2 pixels into channels.
+    assert fit_tile(101, 301, max_tile=512, overlap=32) == (102, 302)
+    assert fit_tile(511, 512, max_tile=512, overlap=32) == (512, 512)
 
 
 def test_super_resolve_raises_when_factor_cannot_be_reached() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from closeup.errors import ExportError
+from closeup.upscale import super_resolve
 from export.upscalers import RRDBNet, SRVGGNetCompact, fold_pixels, load_upscaler
 from tests.tiny_pipelines import write_tiny_rrdb, write_tiny_upscaler
 
@@ -130,3 +134,20 @@ def test_load_upscaler_refuses_compact_network_of_odd_channels(tmp_path: Path) -
     save_file(weights, path)
     with pytest.raises(ExportError, match="11 channels"):
         load_upscaler(path)
+
+
+def test_super_resolution_takes_odd_sides_when_the_network_folds_pixels(tmp_path: Path) -> None:
+    network = write_tiny_rrdb(tmp_path / "up.safetensors", scale=2)
+
+    async def infer(tiles: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.no_grad():
+            return np.asarray(network(torch.from_numpy(tiles)).numpy(), np.float32)
+
+    picture = np.random.default_rng(0).random((33, 21, 3), np.float32)
+    enlarged = asyncio.run(
+        super_resolve(picture, infer=infer, scale=2, factor=2, tile=64, overlap=8, max_batch=4)
+    )
+    assert enlarged.shape == (66, 42, 3)
+    even = np.pad(picture, ((0, 1), (0, 1), (0, 0)), mode="symmetric")
+    whole = asyncio.run(infer(even.transpose(2, 0, 1)[None]))[0].transpose(1, 2, 0)
+    np.testing.assert_allclose(enlarged, np.clip(whole, 0, 1)[:66, :42], atol=1e-6)

@@ -7,6 +7,7 @@ the TensorRT that built it (`closeup.plan_engine`). Neither is imported before i
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,20 +29,45 @@ DEFAULT_CUDA_GRAPHS = 8
 
 
 def count_threads() -> int:
-    """Threads one engine call may use: ``CLOSEUP_THREADS``, else this process's cores.
+    """Threads one engine call may use: ``CLOSEUP_THREADS``, else the cores this process may use.
+
+    A container's share of the processor time counts as so many cores, rounded up.
 
     Raises:
         ModelError: ``CLOSEUP_THREADS`` is not a positive integer.
     """
     text = os.environ.get(THREADS_VARIABLE, "")
     if not text:
-        return len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0))
+        return min(cores, quota_cores() or cores)
     if not text.isdecimal() or int(text) < 1:
         raise ModelError(
             f"{THREADS_VARIABLE} is {text!r}; expected a positive integer, the number of threads "
             "of one engine call."
         )
     return int(text)
+
+
+def quota_cores(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Cores' worth of processor time that the control group allows, rounded up.
+
+    Args:
+        root: where control groups are mounted (version 2, else 1).
+
+    Returns:
+        At least 1; None where there is no limit.
+    """
+    try:
+        if (root / "cpu.max").exists():
+            quota, period = (root / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            quota, period = (
+                (root / "cpu" / f"cpu.cfs_{name}_us").read_text(encoding="ascii")
+                for name in ("quota", "period")
+            )
+        return max(1, math.ceil(int(quota) / int(period))) if int(quota) > 0 else None
+    except (OSError, ValueError):  # no control groups; or "max", no limit
+        return None
 
 
 def count_cuda_graphs() -> int:

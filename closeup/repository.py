@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
+from closeup.errors import ModelError
 from closeup.manifest import (
-    INDEX_NAME,
     FaceDetectorManifest,
     ModelManifest,
     UpscalerManifest,
@@ -18,13 +19,20 @@ from closeup.tokens import PromptTokenizer
 
 
 class Repository:
-    """Reads manifests once, and again when an export has changed the index."""
+    """What is served. Manifests are read once, since Triton opens the engines once.
+
+    An export that comes later is seen by a server that is started later, or whose models are all
+    loaded anew. What cannot be read at first is tried again.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._stamp: int | None = None
-        self._models: dict[str, ModelManifest] = {}
+        self._models: dict[str, ModelManifest] | None = None
         self._tokenizers: dict[str, tuple[PromptTokenizer, ...]] = {}
+        with suppress(ModelError):
+            self.models()
+        with suppress(ModelError):
+            _ = self.upscaler, self.face_detector
 
     def models(self) -> dict[str, ModelManifest]:
         """Return the pipelines by name, the default first.
@@ -32,12 +40,8 @@ class Repository:
         Raises:
             ModelError: a manifest is missing or damaged.
         """
-        index = self._folder / INDEX_NAME
-        stamp = index.stat().st_mtime_ns if index.exists() else None
-        if stamp != self._stamp:
+        if self._models is None:
             self._models = read_models(self._folder)
-            self._tokenizers.clear()
-            self._stamp = stamp
         return self._models
 
     def tokenizers(self, model: ModelManifest) -> tuple[PromptTokenizer, ...]:

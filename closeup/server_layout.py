@@ -23,7 +23,7 @@ from closeup.errors import ServerError
 OTHER_WAYS = (
     "serve the same model repository with NVIDIA's Triton container instead (see README, platforms)"
 )
-_PYTHONS = ((3, 10), (3, 11), (3, 12))
+_PYTHONS = ((3, 11), (3, 12))
 _GLIBC = (2, 35)
 _IGNORED = shutil.ignore_patterns("__pycache__")
 _INSTALL = "run: pip install 'closeup[embedded]'"
@@ -74,7 +74,7 @@ def check_platform(
     python = python or sys.version_info[:2]
     if python not in _PYTHONS:
         raise ServerError(
-            f"The embedded server needs Python 3.10, 3.11 or 3.12, not {python[0]}.{python[1]}; "
+            f"The embedded server needs Python 3.11 or 3.12, not {python[0]}.{python[1]}; "
             "make the environment with one of those."
         )
     version = numpy or metadata.version("numpy")

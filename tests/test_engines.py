@@ -11,7 +11,14 @@ import pytest
 
 from closeup import onnx_engine
 from closeup.devices import Gpu
-from closeup.engines import Array, EngineOptions, TensorSpec, count_threads, open_engine
+from closeup.engines import (
+    Array,
+    EngineOptions,
+    TensorSpec,
+    count_threads,
+    open_engine,
+    quota_cores,
+)
 from closeup.errors import ModelError
 from tests.triton_fixtures import save_double, save_lookup
 
@@ -143,6 +150,27 @@ def test_count_threads_reads_the_environment_when_set(monkeypatch: pytest.Monkey
     assert EngineOptions().threads == 3
     monkeypatch.delenv("CLOSEUP_THREADS")
     assert count_threads() >= 1
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "400000 100000\n"}, 4),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "1000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_quota_cores_reads_what_a_containers_control_group_allows(
+    tmp_path: Path, files: dict[str, str], cores: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert quota_cores(tmp_path) == cores
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from closeup.face_geometry import paste
 from closeup.face_pass import MAX_FACTOR
 from closeup.faces import FacePlan, plan_faces
 from closeup.info import build_info
+from closeup.repository import Repository
 from closeup.run import Array, Progress, Run
 from closeup.settings import Settings
 from tests.drawn_faces import make_face
@@ -609,6 +611,31 @@ def test_error_in_one_picture_stops_its_mates(make: Make) -> None:
     assert toy.count("toy_denoiser", "segment") <= 4
     assert toy.calls[-1] == ("toy_denoiser", "release")
     assert toy.denoiser().slots_in_use == 0
+
+
+def test_the_first_error_is_told_when_the_ticket_cannot_be_returned_either(make: Make) -> None:
+    toy = make()
+
+    def fail_release(inputs: Mapping[str, Array], outputs: Outputs) -> Outputs:
+        if inputs["operation"][0] == b"release":
+            raise ModelError("the denoiser is gone.")
+        return outputs
+
+    toy.faults["toy_vae_decoder"] = spoil("image", np.nan)
+    toy.faults["toy_denoiser"] = fail_release
+    with pytest.raises(ModelError, match="toy_vae_decoder"):
+        toy.paint(**FIELDS)
+
+
+def test_what_is_served_stays_when_an_export_comes_later(folder: Path, tmp_path: Path) -> None:
+    served = shutil.copytree(folder, tmp_path / "served")
+    repository = Repository(served)
+    (served / "models.json").write_text(json.dumps({"models": []}), encoding="utf-8")
+    shutil.rmtree(served / "upscaler")
+    assert list(repository.models()) == ["toy"]
+    assert repository.upscaler is not None
+    assert Repository(served).models() == {}
+    assert Repository(served).upscaler is None
 
 
 def test_request_beyond_the_slots_is_refused_before_any_engine_runs(make: Make) -> None:

@@ -353,8 +353,8 @@ def test_start_raises_one_sentence_when_options_are_wrong(tmp_path: Path) -> Non
         ({"machine": "aarch64"}, "not Linux aarch64"),
         ({"glibc": "2.31"}, "needs glibc 2.35 or newer, not 2.31"),
         ({"glibc": ""}, "not another C library"),
-        ({"python": (3, 9)}, "needs Python 3.10, 3.11 or 3.12, not 3.9"),
-        ({"python": (3, 13)}, "needs Python 3.10, 3.11 or 3.12, not 3.13"),
+        ({"python": (3, 10)}, "needs Python 3.11 or 3.12, not 3.10"),
+        ({"python": (3, 13)}, "needs Python 3.11 or 3.12, not 3.13"),
         ({"numpy": "2.1.0"}, "numpy 2.1.0 is installed"),
     ],
 )

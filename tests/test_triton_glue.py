@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from closeup.engines import EngineOptions, TensorSpec
+from closeup.errors import CloseupError, ModelError, RequestError, UnavailableError
 from tests.fake_pb_utils import imported, make_module
 
 
@@ -106,3 +107,23 @@ def open_backend(file: str, kind: str, folder: Path) -> list[EngineOptions]:
         backend = Backend()
         backend.initialize(arguments)
     return opened
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "text"),
+    [
+        ("INVALID_ARG: prompt: the LoRA 'x' is damaged.", RequestError, "prompt: the LoRA"),
+        ("INVALID_ARG: num_images: got 9; ask for fewer.", RequestError, "num_images: got 9"),
+        ("INVALID_ARG: vae: input x is float32 (1,); expected (2,).", ModelError, "vae failed"),
+        ("INTERNAL: vae: the run failed on x (1, 4).", ModelError, "the run failed"),
+        ("UNAVAILABLE: 16 of 16 slots are taken.", UnavailableError, "slots"),
+        ("Triton's own words", ModelError, "Triton's own words"),
+    ],
+)
+def test_an_engines_refusal_is_the_clients_fault_only_when_it_names_a_request_field(
+    message: str, kind: type[CloseupError], text: str
+) -> None:
+    with imported("closeup.triton_glue", make_module()) as glue:
+        error = glue.error_from_message("vae", message)
+    assert type(error) is kind
+    assert text in str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,14 @@ def test_weights_are_read_as_web_interfaces_read_them(
     read = parse_weights(text)
     assert [part for part, _ in read] == [part for part, _ in parts]
     np.testing.assert_allclose([w for _, w in read], [w for _, w in parts], rtol=1e-12)
+
+
+def test_a_long_prompt_of_brackets_and_digits_is_refused_in_no_time() -> None:
+    started_s = time.process_time()
+    with pytest.raises(RequestError, match="weight 106"):  # 1.1 to the power of 49
+        parse_weights("(" * 49 + ":" + "1" * 3890 + "x" + ")" * 49)
+    # Milliseconds; a search through the whole prompt at every bracket took 12 s of this thread.
+    assert time.process_time() - started_s < 2
 
 
 @pytest.mark.parametrize("text", ["(" * 60 + "a", "(a:99)"])

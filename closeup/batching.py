@@ -79,8 +79,8 @@ class _Running:
     future: Future[SegmentResult]
     group: tuple[object, ...]
     due_s: float
+    last_tick: int
     done: int = 0
-    last_tick: int = -1
 
     @property
     def is_over(self) -> bool:
@@ -134,6 +134,9 @@ class StepBatcher:
             future=Future(),
             group=segment.group,
             due_s=time.monotonic() + budget_s,
+            # A newcomer goes first, one that comes back queues: a sequence of slow steps comes
+            # back after each, and two such would keep others out for good.
+            last_tick=-1 if segment.is_first else self._tick,
         )
         with self._wake:
             if self._closed:

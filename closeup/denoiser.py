@@ -16,7 +16,7 @@ import numpy as np
 
 from closeup.batching import BatchCounters, SegmentResult, StepBatcher
 from closeup.engines import Engine, EngineOptions, open_engine
-from closeup.errors import ModelError
+from closeup.errors import FeedError, ModelError
 from closeup.feeds import Segment
 from closeup.futures import chained, finished, mapped
 from closeup.lora_bank import BankCounters, LoraBank, LoraLease
@@ -27,7 +27,7 @@ from closeup.lora_store import LoraStore, StoreCounters
 from closeup.manifest import MANIFEST_NAME, ModelManifest, read_manifest
 from closeup.plans import engine_path
 from closeup.run import Array
-from closeup.segments import ACQUIRE, ENCODE, LORAS, PLAIN_NAME, RELEASE, SEGMENT
+from closeup.segments import ACQUIRE, ENCODE, LORAS, NEEDED, PLAIN_NAME, RELEASE, SEGMENT
 from closeup.settings import Settings
 from closeup.tickets import TicketDesk
 
@@ -118,6 +118,9 @@ class Denoiser:
             UnavailableError: shutting down.
         """
         operation = _text(inputs, "operation")
+        for name in NEEDED.get(operation, ()):
+            if name not in inputs or inputs[name].shape == (0,):
+                raise FeedError(f"the operation {operation} needs the input {name}.")
         if operation == SEGMENT:
             return mapped(self._batcher.submit(self._segment(inputs)), _segment_answer)
         if operation == ENCODE:
@@ -189,6 +192,7 @@ class Denoiser:
         return Segment(
             sample=sample,
             memory=np.zeros((2, *sample.shape), np.float32) if memory is None else memory,
+            is_first=memory is None,
             context=inputs["context"],
             guidance=float(inputs["guidance"][0]) if "guidance" in inputs else 1.0,
             timestep=inputs["timestep"],

@@ -33,6 +33,7 @@ class Segment:
         budget_s: the first step that ends this long after the segment was submitted is its last,
             though steps are left; None does them all.
         extras: the family's further inputs by network row: name -> (rows, ...).
+        is_first: the sequence begins with it.
     """
 
     sample: Array
@@ -50,6 +51,7 @@ class Segment:
     lora_row: int = 0
     budget_s: float | None = None
     extras: Mapping[str, Array] = field(default_factory=dict)
+    is_first: bool = True
 
     @property
     def group(self) -> tuple[object, ...]:

@@ -18,6 +18,14 @@ ENCODE = "encode"
 SEGMENT = "segment"
 LORAS = "loras"
 
+#: What each operation cannot do without.
+NEEDED = {
+    ACQUIRE: ("slots", "loras"),
+    RELEASE: ("ticket",),
+    ENCODE: ("ticket", "encoder", "input_ids"),
+    SEGMENT: ("ticket", "sample", "context", "timestep", "input_scale", "step"),
+}
+
 # Beside the denoiser's model.onnx where it is small: the same graph without LoRA inputs.
 PLAIN_NAME = "plain.onnx"
 

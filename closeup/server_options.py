@@ -43,7 +43,8 @@ class ServerOptions:
         log_verbose: Triton's verbosity, 0 is off.
         log_path: where the log is kept; None: a temporary file, removed when the server stops.
         start_timeout_s: how long loading may take.
-        exit_timeout_s: how long running requests may take to finish at the end.
+        exit_timeout_s: how long running requests may take to finish at the end; new ones are
+            refused from then on.
         shm_bytes: shared memory that each Python model starts with; it grows by the same.
         environment: further variables for the server's processes.
         arguments: further arguments of ``tritonserver``.

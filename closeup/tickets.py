@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from closeup.drain import is_draining
 from closeup.errors import ModelError, RequestError, UnavailableError
 from closeup.lora_bank import LoraLease
 from closeup.lora_keys import DENOISER
@@ -34,6 +35,8 @@ class TicketDesk:
         acquire_loras: makes LoRAs [(id, weight), ...] resident (see
             `closeup.lora_bank.LoraBank`); may raise RequestError or UnavailableError.
         release_loras: gives a row of the bank back.
+        clock: seconds.
+        is_closed: whether no more tickets are granted.
     """
 
     def __init__(
@@ -44,16 +47,17 @@ class TicketDesk:
         acquire_loras: Callable[[Sequence[tuple[str, float]]], LoraLease],
         release_loras: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic,
+        is_closed: Callable[[], bool] = is_draining,
     ) -> None:
         self._capacity = capacity
         self._lease_s = lease_s
         self._acquire_loras = acquire_loras
         self._release_loras = release_loras
         self._clock = clock
+        self._is_closed = is_closed
         self._lock = threading.Lock()
         self._tickets: dict[int, _Ticket] = {}
         self._reserved = 0
-        self._numbers = itertools.count(1)
 
     @property
     def slots_in_use(self) -> int:
@@ -72,15 +76,18 @@ class TicketDesk:
             The ticket's number, and sentences for the client.
 
         Raises:
-            UnavailableError: not enough free slots or bank rows; nothing is held afterwards.
+            UnavailableError: not enough free slots or bank rows, or the server is about to stop;
+                nothing is held afterwards.
             RequestError: a LoRA does not fit, or more slots than there are; nothing is held
                 afterwards.
         """
-        if slots > self._capacity:
+        if self._is_closed():
+            raise UnavailableError("the server is shutting down; try another server.")
+        if not 1 <= slots <= self._capacity:
             raise RequestError(
                 {
-                    "num_images": f"got {slots}; this server works on {self._capacity} pictures "
-                    "at once, so ask for fewer in a request."
+                    "num_images": f"got {slots}; this server works on 1 to {self._capacity} "
+                    "pictures at once; ask for so many in a request."
                 }
             )
         self._expire()
@@ -98,7 +105,8 @@ class TicketDesk:
                 self._reserved -= slots
             raise
         with self._lock:
-            number = next(self._numbers)
+            # One that nobody guesses: whoever names it may return it. 0 stands for none.
+            number = secrets.randbelow(2**63 - 1) + 1
             self._tickets[number] = _Ticket(slots, lease, self._clock())
         return number, list(lease.warnings)
 

@@ -34,6 +34,8 @@ _ERRORS: Mapping[str, type[CloseupError]] = {
     "INTERNAL": ModelError,
 }
 WATCH_INTERVAL_S = 1.0
+_STOPPING = "Server not ready"
+"""Triton's words for a call between models once it has been told to stop."""
 
 
 def configure_logging() -> None:
@@ -74,7 +76,9 @@ def triton_error(error: BaseException) -> Any:
         log.error("error %s", reference, exc_info=error)
         code, text = "INTERNAL", f"the server failed; its log names the cause under {reference}."
     triton_code = getattr(pb_utils.TritonError, code, pb_utils.TritonError.INTERNAL)
-    return pb_utils.TritonError(f"{code}: {text}", triton_code)
+    # What came out of a file may hold halves of characters, which Triton's module refuses.
+    safe = text.encode("utf-8", "replace").decode()
+    return pb_utils.TritonError(f"{code}: {safe}", triton_code)
 
 
 class Reply:
@@ -116,11 +120,18 @@ class Reply:
         self._close(lambda: pb_utils.InferenceResponse(error=triton_error(error)))
 
     def _close(self, response: Callable[[], Any]) -> None:
+        """Send a response as the last one, or, where that fails, the news that it did."""
+        final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
-            self._sender.send(response(), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            try:
+                self._sender.send(response(), flags=final)
+            except Exception as error:  # no room in shared memory for the pictures, say
+                failure = pb_utils.InferenceResponse(error=triton_error(error))
+                self._sender.send(failure, flags=final)
+            finally:
+                self._closed = True
 
 
 class Watchdog:
@@ -154,7 +165,10 @@ class Watchdog:
                 late = [reply for reply in self._replies if now_s > reply.due_s]
             for reply in late:
                 log.error("a request was answered by the watchdog")
-                reply.fail(DeadlineError("the request ran past the server's time limit."))
+                try:
+                    reply.fail(DeadlineError("the request ran past the server's time limit."))
+                except Exception:  # the others are waiting too
+                    log.exception("an answer could not be sent")
 
 
 class TritonModels:
@@ -196,4 +210,6 @@ def error_from_message(model: str, message: str) -> CloseupError:
         return RequestError({field: sentence})
     if separator and code in _ERRORS:
         return _ERRORS[code](text)
+    if message.endswith(_STOPPING):
+        return UnavailableError("the server is shutting down; try another server.")
     return ModelError(f"the model {model} failed: {message}")

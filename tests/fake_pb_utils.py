@@ -69,6 +69,43 @@ class TritonModelException(Exception):  # noqa: N818 - Triton's name
     """What `initialize` raises."""
 
 
+class TritonError:
+    """An answer's error; as the real one it takes no halves of characters."""
+
+    INTERNAL, INVALID_ARG, UNAVAILABLE, CANCELLED = "INTERNAL", "INVALID_ARG", "UNAVAILABLE", "X"
+
+    def __init__(self, message: str, code: str = INTERNAL) -> None:
+        message.encode()
+        self.text, self.code = message, code
+
+
+class InferenceResponse:
+    """What is sent."""
+
+    def __init__(
+        self, output_tensors: Sequence[Tensor] = (), error: TritonError | None = None
+    ) -> None:
+        self.tensors, self.error = output_tensors, error
+
+
+class Sender:
+    """A response sender with room for so many bytes of tensors."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.sent: list[tuple[InferenceResponse, int]] = []
+
+    def is_cancelled(self) -> bool:
+        """Never."""
+        return False
+
+    def send(self, response: InferenceResponse, flags: int = 0) -> None:
+        """Keep a response, or raise as the real one does when shared memory is full."""
+        if sum(tensor.as_numpy().nbytes for tensor in response.tensors) > self.room:
+            raise RuntimeError("Failed to increase the shared memory pool size")
+        self.sent.append((response, flags))
+
+
 def make_module() -> Any:
     """Return the module."""
     module: Any = types.ModuleType("triton_python_backend_utils")
@@ -76,6 +113,9 @@ def make_module() -> Any:
     module.TRITONSERVER_MEMORY_CPU, module.TRITONSERVER_MEMORY_GPU = CPU, GPU
     module.Tensor = Tensor
     module.InferenceRequest = InferenceRequest
+    module.InferenceResponse = InferenceResponse
+    module.TritonError = TritonError
+    module.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
     module.TritonModelException = TritonModelException
     module.Logger = SimpleNamespace(log_info=print, log_warn=print, log_error=print)
     return module

@@ -204,6 +204,38 @@ def test_groups_take_turns_when_shapes_differ() -> None:
     assert set(engine.batches) == {1}
 
 
+def test_no_group_is_kept_out_when_others_come_back_after_every_step() -> None:
+    engine = GatedEngine(open_at_once=False)
+    sides: list[int] = []
+    run = engine.run
+
+    def remember(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        sides.append(feeds["sample"].shape[-1])
+        return run(feeds)
+
+    engine.run = remember  # type: ignore[method-assign]
+    with batcher(engine) as made:
+        patient = made.submit(segment(1, steps=40, side=4))
+
+        def come_back(side: int) -> None:
+            while not patient.done():
+                again = replace(segment(2, steps=1, side=side), is_first=False)
+                made.submit(again).result(10)
+
+        others = [threading.Thread(target=come_back, args=(side,)) for side in (8, 12)]
+        for thread in others:
+            thread.start()
+        engine.gate.set()
+        patient.result(10)
+        for thread in others:
+            thread.join(10)
+    middle = sides[10:60]
+    # A third of the turns is its own; a turn or two goes by while the others submit again.
+    assert middle.count(4) >= 15
+    assert middle.count(8) >= 10
+    assert middle.count(12) >= 10
+
+
 def test_each_sequence_runs_alone_when_the_shared_call_fails() -> None:
     engine = GatedEngine(open_at_once=False)
     engine.fail_above = 1

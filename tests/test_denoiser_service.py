@@ -22,7 +22,7 @@ import closeup.lora_store
 from closeup.denoiser import Denoiser
 from closeup.denoiser_metrics import METRICS, metric_values
 from closeup.engines import EngineOptions, TensorSpec, check_feeds
-from closeup.errors import ModelError, RequestError, UnavailableError
+from closeup.errors import FeedError, ModelError, RequestError, UnavailableError
 from closeup.lora_encoders import LoraEncoders
 from closeup.lora_read import read_lora
 from closeup.manifest import (
@@ -257,6 +257,23 @@ def _ids(*rows: int) -> Any:
 def _text_sum() -> float:
     item = random_factors(TEXT.layers, seed=2)[TEXT.layers[0].name]
     return float(item.down.sum() + item.up.sum())
+
+
+@pytest.mark.parametrize(
+    ("operation", "inputs", "missing"),
+    [
+        ("acquire", {"loras": "[]"}, "slots"),
+        ("acquire", {"loras": "[]", "slots": np.zeros(0, "i8")}, "slots"),
+        ("release", {}, "ticket"),
+        ("encode", {"ticket": np.array([1])}, "encoder"),
+        ("segment", {"ticket": np.array([1])}, "sample"),
+    ],
+)
+def test_operation_names_the_input_that_it_lacks(
+    operation: str, inputs: dict[str, Any], missing: str, open_denoiser: Open
+) -> None:
+    with pytest.raises(FeedError, match=f"{operation} needs the input {missing}"):
+        _start(open_denoiser(_manifest()), operation, **inputs)
 
 
 def test_encode_uses_each_tickets_lora_when_several_are_held(open_denoiser: Open) -> None:

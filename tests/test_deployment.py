@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -320,6 +321,39 @@ def test_grace_period_is_longer_than_any_request(services: dict[str, dict[str, A
     for name in SERVERS:
         limit_s = interpolate(services[name]["environment"]["CLOSEUP_REQUEST_TIMEOUT_S"])
         assert int(services[name]["stop_grace_period"].removesuffix("s")) > int(limit_s)
+
+
+def test_serve_script_drains_the_server_before_it_ends_it(tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    calls = tmp_path / "calls"
+    (programs / "python3").write_text(f'#!/bin/sh\necho "python3 $*" >> "{calls}"\n')
+    (programs / "tritonserver").write_text(
+        f"""#!/bin/bash
+trap 'echo "tritonserver ends" >> "{calls}"; exit 0' TERM
+echo "tritonserver drains by $CLOSEUP_DRAIN_FILE" >> "{calls}"
+while :; do sleep 0.02; done
+"""
+    )
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    variables = {"PATH": f"{programs}:/usr/bin:/bin", "CLOSEUP_EXIT_TIMEOUT_S": "7",
+                 "CLOSEUP_DRAIN_FILE": str(tmp_path / "draining")}  # fmt: skip
+    (tmp_path / "draining").touch()  # of a server before
+    server = subprocess.Popen(["bash", ROOT / "deploy" / "serve.sh"], env=variables)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and "drains" not in (
+        calls.read_text() if calls.exists() else ""
+    ):
+        time.sleep(0.02)
+    assert not (tmp_path / "draining").exists()
+    server.terminate()
+    assert server.wait(20) == 0
+    assert calls.read_text().splitlines()[1:] == [
+        f"tritonserver drains by {tmp_path}/draining",
+        f"python3 -m closeup.drain --file {tmp_path}/draining --limit-s 7",
+        "tritonserver ends",
+    ]
 
 
 def test_serve_script_checks_before_it_serves_and_stops_when_the_check_fails(

@@ -640,7 +640,7 @@ def test_what_is_served_stays_when_an_export_comes_later(folder: Path, tmp_path:
 
 def test_request_beyond_the_slots_is_refused_before_any_engine_runs(make: Make) -> None:
     toy = make(settings=Settings(slots=2))
-    with pytest.raises(RequestError, match="num_images: got 3; this server works on 2 pictures"):
+    with pytest.raises(RequestError, match="num_images: got 3; this server works on 1 to 2"):
         toy.paint(**FIELDS, num_images=3)
     assert toy.calls == [("toy_denoiser", "acquire")]
     assert_picture(toy.paint(**FIELDS, num_images=2)[1].pictures[1], (SIDE, SIDE))

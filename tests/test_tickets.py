@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +84,31 @@ def test_ticket_is_taken_back_when_its_lease_ends() -> None:
     assert rows.held == []
 
 
-def test_more_slots_than_there_are_is_the_requests_fault() -> None:
-    with pytest.raises(RequestError, match="num_images: got 5; this server works on 4 pictures"):
-        desk(Rows()).acquire(5, [])
+@pytest.mark.parametrize("slots", [5, 0, -100])
+def test_more_slots_than_there_are_or_none_is_the_requests_fault(slots: int) -> None:
+    made = desk(Rows())
+    with pytest.raises(RequestError, match=f"num_images: got {slots}; this server works on 1 to 4"):
+        made.acquire(slots, [])
+    assert made.slots_in_use == 0
+
+
+def test_ticket_numbers_cannot_be_guessed() -> None:
+    made = desk(Rows())
+    first, _ = made.acquire(1, [])
+    second, _ = made.acquire(1, [])
+    assert abs(first - second) > 1_000_000
+    assert 0 < min(first, second)
+    assert max(first, second) < 2**63
+
+
+def test_no_ticket_is_granted_when_the_server_is_about_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLOSEUP_DRAIN_FILE", str(tmp_path / "draining"))
+    made = desk(Rows())
+    running, _ = made.acquire(1, [])
+    (tmp_path / "draining").touch()
+    with pytest.raises(UnavailableError, match="shutting down"):
+        made.acquire(1, [])
+    made.release(running)
+    assert made.slots_in_use == 0

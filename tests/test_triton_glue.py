@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from closeup.engines import EngineOptions, TensorSpec
 from closeup.errors import CloseupError, ModelError, RequestError, UnavailableError
-from tests.fake_pb_utils import imported, make_module
+from tests.fake_pb_utils import Sender, imported, make_module
 
 
 def test_answers_of_a_model_on_the_gpu_come_in_memory_that_numpy_reads() -> None:
@@ -127,3 +128,54 @@ def test_an_engines_refusal_is_the_clients_fault_only_when_it_names_a_request_fi
         error = glue.error_from_message("vae", message)
     assert type(error) is kind
     assert text in str(error)
+
+
+def test_client_is_answered_when_its_pictures_find_no_room() -> None:
+    sender = Sender(room=100)
+    request = SimpleNamespace(get_response_sender=lambda: sender)
+    with imported("closeup.triton_glue", make_module()) as glue:
+        reply = glue.Reply(request, limit_s=60)
+        reply.finish({"image": np.zeros(1000, np.uint8)})
+        reply.fail(RuntimeError("again"))  # the one answer was sent
+    ((response, flags),) = sender.sent
+    assert flags == 1
+    assert response.error is not None
+    assert response.error.text.startswith("INTERNAL: the server failed; its log names the cause")
+    assert reply.closed
+
+
+def test_client_is_answered_when_the_sentence_holds_half_a_character() -> None:
+    sender = Sender(room=100)
+    request = SimpleNamespace(get_response_sender=lambda: sender)
+    with imported("closeup.triton_glue", make_module()) as glue:
+        glue.Reply(request, limit_s=60).fail(RequestError({"prompt": "the LoRA \ud800 is odd."}))
+    ((response, _),) = sender.sent
+    assert response.error is not None
+    assert response.error.text == "INVALID_ARG: prompt: the LoRA ? is odd."
+
+
+def test_watchdog_answers_the_others_when_one_cannot_be_answered() -> None:
+    good, broken = Sender(room=100), Sender(room=-1)  # not even an error goes through
+    with imported("closeup.triton_glue", make_module()) as glue:
+        glue.WATCH_INTERVAL_S = 0.01
+        watchdog = glue.Watchdog()
+        for sender in (broken, good):
+            request = SimpleNamespace(get_response_sender=lambda sender=sender: sender)
+            watchdog.guard(glue.Reply(request, limit_s=0))
+        deadline = time.monotonic() + 10
+        while not good.sent and time.monotonic() < deadline:
+            time.sleep(0.01)
+        late = glue.Reply(SimpleNamespace(get_response_sender=lambda: good), limit_s=0)
+        watchdog.guard(late)
+        while len(good.sent) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        watchdog.close()
+    assert len(good.sent) == 2
+
+
+def test_a_call_between_models_is_unavailable_when_triton_is_stopping() -> None:
+    with imported("closeup.triton_glue", make_module()) as glue:
+        error = glue.error_from_message(
+            "demo_denoiser", "Model demo_denoiser - Error when running inference: Server not ready"
+        )
+    assert type(error) is UnavailableError

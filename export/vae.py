@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from export.graphs import BATCH, Graph, GraphTensor, normal_inputs, uniform_inputs
 
+#: Parts that the queries of the VAE's attention are cut into.
+QUERY_PARTS = 8
+
 
 class PlainVaeAttention:
-    """Attention among pixels as two matrix products and a softmax, its scale a constant."""
+    """Attention among pixels as matrix products and a softmax, its scale a constant.
+
+    The queries go through in parts, one after the other: every latent looks at every other, and at
+    2048x2048 pixels the weights of all of them at once, in float32, are 17 GB.
+    """
 
     def __call__(
         self,
@@ -25,8 +33,17 @@ class PlainVaeAttention:
         query = attn.to_q(normed).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         key = attn.to_k(normed).unflatten(-1, (attn.heads, -1)).permute(0, 2, 3, 1)
         value = attn.to_v(normed).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        weights = ((query * attn.scale) @ key).softmax(-1)
-        mixed = attn.to_out[0]((weights @ value).transpose(1, 2).flatten(2))
+        query = query * attn.scale
+        count = hidden_states.shape[2] * hidden_states.shape[3]
+        cuts = [count * part // QUERY_PARTS for part in range(QUERY_PARTS + 1)]
+        looked = torch.cat(
+            [
+                (query[:, :, start:stop] @ key).softmax(-1) @ value
+                for start, stop in zip(cuts[:-1], cuts[1:], strict=True)
+            ],
+            2,
+        )
+        mixed = attn.to_out[0](looked.transpose(1, 2).flatten(2))
         result: Tensor = mixed.transpose(1, 2).reshape(hidden_states.shape) + hidden_states
         return result
 

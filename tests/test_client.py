@@ -673,10 +673,82 @@ def test_client_refuses_the_address_when_it_is_none(url: str, protocol: str | No
         Client(url, protocol)
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1, "5", None, True, float("nan")])
-def test_client_refuses_the_time_limit_when_it_is_none(timeout_s: Any) -> None:
-    with pytest.raises(InvalidRequest, match=r"^timeout_s: got"):
-        Client(timeout_s=timeout_s)
+ClientKind = type[Client] | type[AsyncClient]
+both_clients = pytest.mark.parametrize("client", [Client, AsyncClient])
+
+
+@both_clients
+@pytest.mark.parametrize(
+    "timeout_s",
+    [0, -1, "5", None, True, float("nan"), float("inf"), 1e12, 10**400, 1_000_001],
+)
+def test_client_refuses_the_time_limit_when_it_is_none(client: ClientKind, timeout_s: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^timeout_s: got .* above 0, to 1000000\.$"):
+        client(timeout_s=timeout_s)
+
+
+@both
+def test_client_waits_when_the_time_limit_is_the_longest(fake: FakeTriton, protocol: str) -> None:
+    async def work() -> Result:
+        async with connect_async(fake, protocol, timeout_s=1e6) as client:
+            return await client.generate(prompt="a", seed=3)
+
+    assert asyncio.run(work()).images == [picture(3)]
+    with connect(fake, protocol, timeout_s=1e6) as client:
+        assert client.generate(prompt="a", seed=4).images == [picture(4)]
+
+
+@both_clients
+@pytest.mark.parametrize(
+    ("protocol", "name", "value"),
+    [
+        ("both", "Authorization", "secret\n"),
+        ("both", "Authorization", "secret\r\nX-Other: 1"),
+        ("both", "Authorization", "secret\0"),
+        ("both", "Authorization", "secret\u6f22"),
+        ("both", "Authorization", "secr\xe9t secret"),
+        ("both", "Authorization", b"secret"),
+        ("both", "Authorization", None),
+        ("both", "two words", "secret"),
+        ("both", "name:", "secret"),
+        ("both", "line\n", "secret"),
+        ("both", "", "secret"),
+        ("both", 7, "secret"),
+        ("both", "Content-Length", "secret"),
+        ("grpc", "x!y", "secret"),
+        ("grpc", "Token-Bin", "secret"),
+    ],
+)
+def test_client_names_the_header_and_not_its_value_when_it_cannot_be_sent(
+    client: ClientKind, protocol: str, name: Any, value: Any
+) -> None:
+    for spoken in PROTOCOLS if protocol == "both" else (protocol,):
+        with pytest.raises(InvalidRequest) as caught:
+            client(protocol=spoken, headers={name: value})
+        assert str(caught.value).startswith(f"headers: {str(name)!r} ")
+        assert "secr" not in str(caught.value)
+        assert list(caught.value.problems) == ["headers"]
+
+
+@both_clients
+def test_client_refuses_headers_when_they_are_no_mapping(client: ClientKind) -> None:
+    with pytest.raises(InvalidRequest, match=r"^headers: got a value of type list"):
+        client(headers=[("a", "b")])  # type: ignore[arg-type]
+
+
+@both
+def test_headers_arrive_unchanged_when_they_are_good(fake: FakeTriton, protocol: str) -> None:
+    headers = {"X-Mixed_Case.1": "~ all printable: \"q\", 'p' !", "empty": ""}
+
+    async def work() -> None:
+        async with AsyncClient(f"127.0.0.1:{fake.port}", protocol, headers=headers) as client:
+            await client.generate(prompt="a")
+
+    asyncio.run(work())
+    with Client(f"127.0.0.1:{fake.port}", protocol, headers=headers) as client:
+        client.generate(prompt="a")
+    lowered = {name.lower(): value for name, value in headers.items()}
+    assert [lowered.items() <= got.items() for got in fake.headers] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from closeup_client import errors, wire
+from closeup_client.arguments import check_headers, check_timeout
 from closeup_client.checks import Value
 from closeup_client.client import (
     CONTROL_TIMEOUT_S,
@@ -20,7 +21,6 @@ from closeup_client.client import (
     MODEL,
     STREAM_MODEL,
     channel_options,
-    check_timeout,
     error_from_call,
 )
 from closeup_client.result import Progress, Result, event_from_outputs, result_from_outputs
@@ -52,11 +52,11 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
     ) -> None:
         """Keep the address; arguments and errors as in `closeup_client.Client`."""
-        check_timeout(timeout_s)
+        self.timeout_s = check_timeout(timeout_s)
         self.address = wire.address_from_url(url, protocol)
-        self.timeout_s = float(timeout_s)
+        checked = check_headers(headers, self.address.protocol)
         kind = _GrpcTransport if self.address.protocol == "grpc" else _HttpTransport
-        self._transport: _Transport = kind(self.address, dict(headers or {}))
+        self._transport: _Transport = kind(self.address, checked)
 
     async def generate(self, **fields: Any) -> Result:
         """Make pictures and wait for them; fields and errors as in `Client.generate`."""
@@ -141,7 +141,7 @@ class _Transport(Protocol):
 class _GrpcTransport:
     def __init__(self, address: wire.Address, headers: Mapping[str, str]) -> None:
         self._address = address
-        self._metadata = tuple((key.lower(), value) for key, value in headers.items())
+        self._metadata = tuple(headers.items())
         self._channel: Any = None
         self._closed = False
 

@@ -13,6 +13,7 @@ import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from closeup_client import errors, wire
+from closeup_client.arguments import check_headers, check_timeout
 from closeup_client.checks import Value
 from closeup_client.result import Progress, Result, event_from_outputs, result_from_outputs
 from closeup_client.served import (
@@ -54,17 +55,17 @@ class Client:
             url: ``host[:port]`` or with a scheme: ``http://``, ``https://``, ``grpc://``,
                 ``grpcs://``. Default: localhost with the protocol's own port, 8001 or 8000.
             protocol: ``"grpc"`` (default) or ``"http"``, where the URL has no scheme.
-            timeout_s: longest wait for one answer, seconds; a stream counts as one.
-            headers: sent with every request, for instance an authorization.
+            timeout_s: longest wait for one answer, seconds, to a million; a stream counts as one.
+            headers: sent with every request, for instance an authorization; printable ASCII.
 
         Raises:
-            InvalidRequest: the URL, protocol or time limit is not one.
+            InvalidRequest: the URL, protocol or time limit is not one, or a header cannot be sent.
         """
-        check_timeout(timeout_s)
+        self.timeout_s = check_timeout(timeout_s)
         self.address = wire.address_from_url(url, protocol)
-        self.timeout_s = float(timeout_s)
+        checked = check_headers(headers, self.address.protocol)
         kind = _GrpcTransport if self.address.protocol == "grpc" else _HttpTransport
-        self._transport: _Transport = kind(self.address, dict(headers or {}))
+        self._transport: _Transport = kind(self.address, checked)
 
     def generate(self, **fields: Any) -> Result:
         """Make pictures and wait for them.
@@ -151,17 +152,6 @@ class Client:
         self.close()
 
 
-def check_timeout(timeout_s: Any) -> None:
-    """Refuse what is no time limit.
-
-    Raises:
-        InvalidRequest: not a positive number.
-    """
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
-        problem = f"got {timeout_s!r}; expected a number of seconds above 0."
-        raise errors.InvalidRequest({"timeout_s": problem})
-
-
 class _Transport(Protocol):
     """What `Client` needs of a protocol; every method raises only `ClientError`."""
 
@@ -207,7 +197,7 @@ def error_from_call(error: Any, address: wire.Address, timeout_s: float) -> erro
 class _GrpcTransport:
     def __init__(self, address: wire.Address, headers: Mapping[str, str]) -> None:
         self._address = address
-        self._metadata = tuple((key.lower(), value) for key, value in headers.items())
+        self._metadata = tuple(headers.items())
         options = channel_options(address)
         if address.tls:
             credentials = grpc.ssl_channel_credentials()

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from types import ModuleType
@@ -270,6 +270,69 @@ def test_client_refuses_work_when_closed(fake: FakeTriton, protocol: str) -> Non
         client.generate(prompt="a")
 
 
+def wait_for_request(fake: FakeTriton) -> None:
+    limit_s = time.monotonic() + 10
+    while not fake.requests and time.monotonic() < limit_s:
+        time.sleep(0.01)
+    time.sleep(0.1)  # so that it waits for the answer, or for the second event
+
+
+@both
+@pytest.mark.parametrize("run", [run_generate, run_stream])
+def test_running_request_is_cancelled_when_another_thread_closes_the_client(
+    fake: FakeTriton, protocol: str, run: Callable[[Client, str], Any]
+) -> None:
+    client, caught = connect(fake, protocol), []
+
+    def work() -> None:
+        try:
+            run(client, "slow")
+        except ClientError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    wait_for_request(fake)
+    started_s = time.perf_counter()
+    client.close()
+    thread.join(15)
+    assert time.perf_counter() - started_s < 5  # seconds; a slow stream lasts 10
+    assert [type(error) for error in caught] == [Cancelled]
+    assert "its client was closed" in str(caught[0])
+
+
+@both
+def test_stream_is_cancelled_when_its_client_was_closed_meanwhile(
+    fake: FakeTriton, protocol: str
+) -> None:
+    client = connect(fake, protocol)
+    events = client.stream(prompt="slow")
+    next(events)
+    client.close()
+    with pytest.raises(Cancelled):
+        list(events)
+
+
+@both
+def test_stream_ends_well_when_the_client_is_closed_with_the_result_in_hand(
+    fake: FakeTriton, protocol: str
+) -> None:
+    client = connect(fake, protocol)
+    for event in client.stream(prompt="a"):
+        if isinstance(event, Result):
+            client.close()
+    assert isinstance(event, Result)
+
+    async def work() -> Progress | Result:
+        client = connect_async(fake, protocol)
+        async for event in client.stream(prompt="a"):
+            if isinstance(event, Result):
+                await client.close()
+        return event
+
+    assert isinstance(asyncio.run(work()), Result)
+
+
 def test_problems_are_told_apart_when_a_message_names_fields() -> None:
     assert problems_from_message("steps: got 51; allowed are 1 to 50. w: got 7: no.") == {
         "steps": "got 51; allowed are 1 to 50.",
@@ -502,6 +565,67 @@ def test_async_generate_is_cancelled_when_its_task_is() -> None:
 
     for fake in serve_grpc():
         assert asyncio.run(work(fake))
+
+
+async def drain(client: AsyncClient, prompt: str) -> None:
+    async for _ in client.stream(prompt=prompt):
+        pass
+
+
+async def ask(client: AsyncClient, prompt: str) -> None:
+    await client.generate(prompt=prompt)
+
+
+Asked = Callable[[AsyncClient, str], Coroutine[Any, Any, None]]
+
+
+@both
+@pytest.mark.parametrize("run", [ask, drain])
+def test_async_request_is_cancelled_when_another_task_closes_the_client(
+    fake: FakeTriton, protocol: str, run: Asked
+) -> None:
+    async def work() -> float:
+        client = connect_async(fake, protocol)
+        task = asyncio.create_task(run(client, "slow"))
+        await asyncio.to_thread(wait_for_request, fake)
+        started_s = time.perf_counter()
+        await client.close()
+        with pytest.raises(Cancelled, match="its client was closed"):
+            await task
+        return time.perf_counter() - started_s
+
+    assert asyncio.run(work()) < 5  # seconds; a slow stream lasts 10
+
+
+@both
+def test_async_stream_is_cancelled_when_its_client_was_closed_meanwhile(
+    fake: FakeTriton, protocol: str
+) -> None:
+    async def work() -> None:
+        client = connect_async(fake, protocol)
+        events = client.stream(prompt="slow")
+        await anext(events)
+        await client.close()
+        with pytest.raises(Cancelled):
+            await anext(events)
+
+    asyncio.run(work())
+
+
+@both
+def test_async_task_stays_cancelled_when_the_client_is_closed_too(
+    fake: FakeTriton, protocol: str
+) -> None:
+    async def work() -> None:
+        client = connect_async(fake, protocol)
+        task = asyncio.create_task(ask(client, "slow"))
+        await asyncio.to_thread(wait_for_request, fake)
+        task.cancel()
+        await client.close()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(work())
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

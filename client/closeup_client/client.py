@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
+import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
 from types import TracebackType
@@ -98,13 +100,17 @@ class Client:
     def _events(self, request: wire.Prepared) -> Generator[Progress | Result, None, None]:
         done = False
         with contextlib.closing(self._transport.stream(request.values, self.timeout_s)) as answers:
-            for outputs in answers:
-                event = event_from_outputs(
-                    outputs, encoding=request.encoding, face_pass=request.face_pass
-                )
-                if event is not None:
-                    done = isinstance(event, Result)
-                    yield event
+            try:
+                for outputs in answers:
+                    event = event_from_outputs(
+                        outputs, encoding=request.encoding, face_pass=request.face_pass
+                    )
+                    if event is not None:
+                        done = isinstance(event, Result)
+                        yield event
+            except errors.Cancelled:
+                if not done:  # closing the client with the result in hand loses nothing
+                    raise
         if not done:
             raise errors.ServerFailure("the stream ended without a result.")
 
@@ -137,7 +143,7 @@ class Client:
         return self._transport.health(min(self.timeout_s, CONTROL_TIMEOUT_S))
 
     def close(self) -> None:
-        """Close the connection; running streams are cancelled."""
+        """Close the connection; running requests are cancelled, in whichever thread they wait."""
         self._transport.close()
 
     def __enter__(self) -> Client:
@@ -187,8 +193,12 @@ def channel_options(address: wire.Address) -> list[tuple[str, int]]:
     return options
 
 
-def error_from_call(error: Any, address: wire.Address, timeout_s: float) -> errors.ClientError:
-    """The client's error for a `grpc.RpcError`."""
+def error_from_call(
+    error: Any, address: wire.Address, timeout_s: float, *, is_closed: bool
+) -> errors.ClientError:
+    """The client's error for a `grpc.RpcError`; `is_closed`: whether the client was closed."""
+    if is_closed:
+        return errors.closed()
     status, details = error.code(), error.details() or ""
     name = "UNKNOWN" if status is None else status.name
     return errors.error_from_grpc(name, details, str(address), timeout_s)
@@ -198,6 +208,7 @@ class _GrpcTransport:
     def __init__(self, address: wire.Address, headers: Mapping[str, str]) -> None:
         self._address = address
         self._metadata = tuple(headers.items())
+        self._closed = False
         options = channel_options(address)
         if address.tls:
             credentials = grpc.ssl_channel_credentials()
@@ -224,7 +235,7 @@ class _GrpcTransport:
                     raise errors.error_from_message(answer.error_message)
                 yield wire.outputs_from_grpc(answer.infer_response)
         except grpc.RpcError as error:
-            raise error_from_call(error, self._address, timeout_s) from None
+            raise self._error(error, timeout_s) from None
         finally:
             call.cancel()  # nothing happens when it is over
 
@@ -247,7 +258,11 @@ class _GrpcTransport:
         )
 
     def close(self) -> None:
+        self._closed = True
         self._channel.close()
+
+    def _error(self, error: grpc.RpcError, timeout_s: float) -> errors.ClientError:
+        return error_from_call(error, self._address, timeout_s, is_closed=self._closed)
 
     def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
         # A future, not a blocking call: Ctrl-C then reaches us, and cancels the server's work.
@@ -255,9 +270,9 @@ class _GrpcTransport:
         try:
             return call.result()
         except grpc.RpcError as error:
-            raise error_from_call(error, self._address, timeout_s) from None
+            raise self._error(error, timeout_s) from None
         except grpc.FutureCancelledError:
-            raise errors.Cancelled("the request was cancelled.") from None
+            raise errors.closed() from None
         finally:
             call.cancel()
 
@@ -274,6 +289,8 @@ class _HttpTransport:
     def __init__(self, address: wire.Address, headers: Mapping[str, str]) -> None:
         self._address = address
         self._headers = headers
+        self._lock = threading.Lock()  # over the two below
+        self._sockets: set[socket.socket] = set()
         self._closed = False
 
     def infer(
@@ -303,6 +320,8 @@ class _HttpTransport:
                 outputs = wire.outputs_from_event(line)
                 if outputs:
                     yield outputs
+            if self._closed:  # a broken stream of chunks ends without an error
+                raise errors.closed()
 
     def index(self, timeout_s: float) -> list[tuple[str, str, str]]:
         path = "/v2/repository/index"
@@ -318,13 +337,18 @@ class _HttpTransport:
         return Health(live=live, ready=ready, server=server, version=version, url=url)
 
     def close(self) -> None:
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            for connected in self._sockets:
+                with contextlib.suppress(OSError):
+                    # Wakes whoever reads. Not the TLS socket's own, which swaps what they read.
+                    socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
     def _answers(self, path: str, timeout_s: float) -> bool:
         try:
             with self._open("GET", path, None, {}, timeout_s):
                 return True
-        except errors.Unreachable:
+        except (errors.Unreachable, errors.Cancelled):
             raise
         except errors.ClientError:
             return False
@@ -336,26 +360,47 @@ class _HttpTransport:
         """An answer with status 200; what goes wrong inside the block is translated too."""
         if self._closed:
             raise errors.ClientError("this client is closed; make a new one.")
-        url = str(self._address)
         kind = http.client.HTTPSConnection if self._address.tls else http.client.HTTPConnection
         connection = kind(self._address.host, self._address.port, timeout=timeout_s)
         try:
-            try:
-                connection.connect()
-            except TimeoutError:
-                raise
-            except OSError:
-                raise errors.unreachable(url) from None
-            merged = {**self._headers, **headers}
-            connection.request(method, f"{self._address.path}{path}", body, merged)
-            answer = connection.getresponse()
-            if answer.status != 200:
-                text = wire.error_text(answer.read())
-                raise errors.error_from_http(answer.status, text, url)
-            yield answer
-        except TimeoutError:
-            raise errors.deadline(url, timeout_s) from None
-        except (OSError, http.client.HTTPException):
-            raise errors.broken(url) from None
+            with self._connected(connection):
+                merged = {**self._headers, **headers}
+                connection.request(method, f"{self._address.path}{path}", body, merged)
+                answer = connection.getresponse()
+                if answer.status != 200:
+                    text = wire.error_text(answer.read())
+                    raise errors.error_from_http(answer.status, text, str(self._address))
+                yield answer
+        except (OSError, http.client.HTTPException) as error:
+            raise self._error(error, timeout_s) from None
         finally:
             connection.close()
+
+    @contextlib.contextmanager
+    def _connected(self, connection: http.client.HTTPConnection) -> Iterator[None]:
+        """Connect; inside the block `close` breaks the connection."""
+        try:
+            connection.connect()
+        except TimeoutError:
+            raise
+        except OSError:
+            raise errors.unreachable(str(self._address)) from None
+        # Kept here, since the connection lets go of it when the answer is to be its last.
+        connected: socket.socket = connection.sock
+        with self._lock:
+            if self._closed:
+                raise errors.closed()
+            self._sockets.add(connected)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._sockets.discard(connected)
+
+    def _error(self, error: Exception, timeout_s: float) -> errors.ClientError:
+        url = str(self._address)
+        if self._closed:
+            return errors.closed()
+        if isinstance(error, TimeoutError):
+            return errors.deadline(url, timeout_s)
+        return errors.broken(url)

@@ -152,6 +152,11 @@ def error_from_http(status: int, body: str, url: str) -> ClientError:
     return error_from_message(text[:2000], known)
 
 
+def closed() -> Cancelled:
+    """The client was closed while a request ran."""
+    return Cancelled("the request was cancelled, since its client was closed.")
+
+
 def unreachable(url: str) -> Unreachable:
     """Nobody listens there."""
     return Unreachable(

@@ -7,13 +7,15 @@ import base64
 import importlib.util
 import io
 import json
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,7 +42,7 @@ from closeup_client import (
     wire,
 )
 from closeup_client.checks import check_fields
-from closeup_client.errors import error_from_message, problems_from_message
+from closeup_client.errors import error_from_grpc, error_from_message, problems_from_message
 from closeup_client.pictures import png_from_array
 from closeup_client.served import denoiser_from_served, loras_from_outputs
 from PIL import Image
@@ -259,6 +261,118 @@ def test_client_reports_a_broken_connection_when_the_server_hangs_up() -> None:
         client = Client(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=5.0)
         with pytest.raises(Unreachable, match="broke before the answer came"):
             client.generate(prompt="a")
+
+
+@contextmanager
+def listen(answer: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A port where `answer` treats every connection, which is then closed."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def work() -> None:
+            with suppress(OSError):  # the server was closed
+                while True:
+                    connection, _ = server.accept()
+                    with connection, suppress(OSError):
+                        answer(connection)
+
+        threading.Thread(target=work, daemon=True).start()
+        yield server.getsockname()[1]
+
+
+def failure(url: str) -> str:
+    """What the client says, and its asyncio twin too."""
+
+    async def work() -> None:
+        async with AsyncClient(url, timeout_s=10) as client:
+            await client.models()
+
+    with Client(url, timeout_s=10) as client, pytest.raises(Unreachable) as caught:
+        client.models()
+    with pytest.raises(Unreachable) as caught_async:
+        asyncio.run(work())
+    assert str(caught.value) == str(caught_async.value)
+    return str(caught.value)
+
+
+@both
+@pytest.mark.parametrize("scheme", ["https", "grpcs"])
+def test_client_says_that_tls_failed_when_the_port_is_plain(
+    fake: FakeTriton, protocol: str, scheme: str
+) -> None:
+    text = failure(f"{scheme}://127.0.0.1:{fake.port}")
+    assert text.startswith(f"TLS to 127.0.0.1:{fake.port} ({scheme[:4]}) failed (wrong version")
+    assert text.endswith("use http:// or grpc:// for a server without TLS.")
+
+
+@pytest.mark.parametrize("scheme", ["https", "grpcs"])
+def test_client_says_that_tls_failed_when_the_server_hangs_up(scheme: str) -> None:
+    def hang_up(connection: socket.socket) -> None:
+        connection.recv(1)  # with more unread, closing resets
+
+    with listen(hang_up) as port:
+        assert "failed (the server hung up)" in failure(f"{scheme}://127.0.0.1:{port}")
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> ssl.SSLContext:
+    """A server's context, with a certificate that nobody trusts."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificate")
+    key, file = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    command += ["-nodes", "-subj", "/CN=localhost", "-keyout", str(key), "-out", str(file)]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file, key)
+    return context
+
+
+@pytest.mark.parametrize("scheme", ["https", "grpcs"])
+def test_client_says_that_tls_failed_when_the_certificate_is_not_trusted(
+    certificate: ssl.SSLContext, scheme: str
+) -> None:
+    def answer(connection: socket.socket) -> None:
+        certificate.wrap_socket(connection, server_side=True)
+
+    with listen(answer) as port:
+        text = failure(f"{scheme}://localhost:{port}").replace("self-signed", "self signed")
+    assert f"TLS to localhost:{port} ({scheme[:4]}) failed (self signed certificate)" in text
+
+
+@pytest.mark.parametrize(
+    ("fake", "scheme"), [("grpc", "http"), ("http", "grpc")], indirect=["fake"]
+)
+def test_client_says_to_check_the_port_when_it_speaks_the_other_protocol(
+    fake: FakeTriton, scheme: str
+) -> None:
+    text = failure(f"{scheme}://127.0.0.1:{fake.port}")
+    assert "does not speak that protocol; check the port" in text
+
+
+@pytest.mark.parametrize(
+    ("details", "text"),
+    [
+        ("errors resolving nowhere.invalid:80: Domain name not found", "no server answers at x"),
+        ("failed to connect to all addresses; last error: refused", "no server answers at x"),
+        ("Socket closed", "the connection to x broke"),
+        (
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:1.2.3.4:1: Tls handshake"
+            " failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL routines:"
+            "OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate",
+            "TLS to x failed (unable to get local issuer certificate); check the certificate",
+        ),
+        (
+            "failed to connect to all addresses; last error: UNAUTHENTICATED: ipv4:1.2.3.4:1: "
+            "Hostname Verification Check failed.",
+            "TLS to x failed (UNAUTHENTICATED: ipv4:1.2.3.4:1: Hostname Verification Check failed)",
+        ),
+    ],
+)
+def test_grpc_details_are_told_apart_when_there_is_no_connection(details: str, text: str) -> None:
+    error = error_from_grpc("UNAVAILABLE", details, "x", 5.0)
+    assert type(error) is Unreachable
+    assert str(error).startswith(text)
 
 
 @both

@@ -317,8 +317,12 @@ class _HttpTransport:
             return errors.closed()
         if isinstance(error, asyncio.TimeoutError):
             return errors.deadline(url, timeout_s)
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):
+            return errors.error_from_connect(error.certificate_error, url, tls=True)
         if isinstance(error, aiohttp.ClientConnectorError):
-            return errors.unreachable(url)
+            return errors.error_from_connect(error.os_error, url, self._address.tls)
+        if isinstance(error, aiohttp.ClientResponseError):  # no HTTP at all
+            return errors.wrong_protocol(url)
         return errors.broken(url)
 
 

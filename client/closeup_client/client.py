@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -383,8 +384,9 @@ class _HttpTransport:
             connection.connect()
         except TimeoutError:
             raise
-        except OSError:
-            raise errors.unreachable(str(self._address)) from None
+        except OSError as error:
+            url, tls = str(self._address), self._address.tls
+            raise errors.error_from_connect(error, url, tls) from None
         # Kept here, since the connection lets go of it when the answer is to be its last.
         connected: socket.socket = connection.sock
         with self._lock:
@@ -403,4 +405,9 @@ class _HttpTransport:
             return errors.closed()
         if isinstance(error, TimeoutError):
             return errors.deadline(url, timeout_s)
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+            return errors.error_from_connect(error, url, tls=True)  # our certificate was refused
+        hung_up = isinstance(error, http.client.RemoteDisconnected)
+        if isinstance(error, http.client.BadStatusLine) and not hung_up:
+            return errors.wrong_protocol(url)
         return errors.broken(url)

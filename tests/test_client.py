@@ -575,7 +575,7 @@ def test_stream_refuses_raw_when_the_protocol_is_text() -> None:
         Client(protocol="http").stream(prompt="a", response_encoding="raw")
 
 
-# --- addresses and bytes ----------------------------------------------------------------------
+# --- bytes and files --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

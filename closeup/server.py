@@ -136,11 +136,17 @@ class EmbeddedServer:
         region = create_region()
         self._region_name = region.name
         self.log_path = options.log_path or region.folder / "server.log"
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self.log_path.write_bytes(b"")
-        # Opened before the start: the guard may remove it before its end is told.
-        with self.log_path.open(encoding="utf-8", errors="replace") as log:
-            self._spawn_guard(options, installation, region)
+        try:
+            log = self._spawn_guard(options, installation, region)
+        except BaseException as error:
+            server_guard.remove_folder(region.folder)
+            server_guard.remove_shared_memory(region.name)
+            if isinstance(error, OSError):
+                raise ServerError(f"The server did not start: {error}.") from error
+            raise
+        finally:
+            region.close()
+        with log:
             try:
                 self._wait_until_ready(options, log)
             except BaseException:
@@ -149,18 +155,20 @@ class EmbeddedServer:
 
     def _spawn_guard(
         self, options: ServerOptions, installation: Installation, region: Region
-    ) -> None:
+    ) -> TextIO:
+        """Start the guard; returns the log, open, since the guard may remove it at its end."""
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.log_path.write_bytes(b"")
+        log = self.log_path.open(encoding="utf-8", errors="replace")
         try:
             self._guard = _spawn_guard(options, installation, region, self.log_path)
         except BaseException:
-            server_guard.remove_folder(region.folder)
-            server_guard.remove_shared_memory(region.name)
+            log.close()
             raise
-        finally:
-            region.close()
         self.http_url = f"{options.host}:{options.http_port}"
         self.grpc_url = f"{options.host}:{options.grpc_port}"
         self.metrics_url = f"http://{options.host}:{options.metrics_port}/metrics"
+        return log
 
     def _wait_until_ready(self, options: ServerOptions, log: TextIO) -> None:
         started = time.monotonic()
@@ -240,14 +248,21 @@ def _follow_log(path: Path, write: Callable[[str], object], stopped: threading.E
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status.
+
+    The first SIGINT or SIGTERM stops the server. Later ones do nothing: the running requests have
+    ``--exit-timeout-s`` to finish, and this process does not end before the server has.
+    """
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    asked = threading.Event()
+    stopping = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        raise KeyboardInterrupt
+        if not stopping.is_set():
+            stopping.set()
+            raise KeyboardInterrupt
 
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a script's background job
+        signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGTERM, ask)
     server = EmbeddedServer(options)
     stopped = threading.Event()
@@ -267,11 +282,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"The server ended by itself with status {status}; see its log above.\n")
         return 1
     except KeyboardInterrupt:
+        sys.stderr.write(f"Stopping; running requests have {options.exit_timeout_s} s to finish.\n")
         return 0
     except ServerError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     finally:
+        stopping.set()
         server.stop()
         stopped.set()
         if follower is not None:

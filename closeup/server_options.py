@@ -12,6 +12,8 @@ from pathlib import Path
 
 from closeup.errors import ServerError
 
+_PORTS = ("http_port", "grpc_port", "metrics_port")
+
 
 class ModelControl(str, Enum):
     """Triton's ``--model-control-mode``: load everything once, or on request."""
@@ -27,7 +29,7 @@ class ServerOptions:
 
     Attributes:
         repository: folder of models.
-        host: address to listen on. The default answers this machine only.
+        host: IPv4 address, or its name, to listen on. The default answers this machine only.
         http_port: 0 takes a free one, as with the other ports.
         grpc_port: see ``http_port``.
         metrics_port: see ``http_port``.
@@ -105,6 +107,41 @@ def check_options(options: ServerOptions) -> None:
         if value is not None and value <= 0:
             flag = name.replace("_", "-")
             raise ServerError(f"--{flag} is {value}; expected a number above 0.")
+    for name in _PORTS:
+        if not 0 <= getattr(options, name) <= 65535:
+            flag, port = name.replace("_", "-"), getattr(options, name)
+            raise ServerError(f"--{flag} is {port}; expected 0 to 65535 (0 takes a free one).")
+    _check_host(options.host)
+    if options.log_path is not None:
+        _check_log_path(options.log_path)
+
+
+def _check_host(host: str) -> None:
+    try:
+        if not host:  # would listen everywhere
+            raise OSError("it is empty")
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            listener.bind((host, 0))
+    except (OSError, UnicodeError) as error:
+        raise ServerError(
+            f"--host {host!r} is no IPv4 address of this machine ({_reason(error)}); expected one, "
+            "such as 127.0.0.1, or 0.0.0.0 for all of them."
+        ) from error
+
+
+def _check_log_path(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise ServerError(
+            f"--log-path {path} cannot be written ({_reason(error)}); expected a file, in a folder "
+            "that you may write to."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
 
 
 def choose_ports(options: ServerOptions) -> ServerOptions:
@@ -117,7 +154,7 @@ def choose_ports(options: ServerOptions) -> ServerOptions:
     chosen: dict[str, int] = {}
     taken: list[str] = []
     try:
-        for name in ("http_port", "grpc_port", "metrics_port"):
+        for name in _PORTS:
             port = getattr(options, name)
             listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             held.append(listener)
@@ -128,7 +165,7 @@ def choose_ports(options: ServerOptions) -> ServerOptions:
                 chosen[name] = listener.getsockname()[1]
             except OSError as error:
                 flag = name.replace("_", "-")
-                taken.append(f"--{flag} {port} ({(error.strerror or str(error)).lower()})")
+                taken.append(f"--{flag} {port} ({_reason(error)})")
     finally:
         for listener in held:
             listener.close()

@@ -7,11 +7,9 @@ import base64
 import importlib.util
 import io
 import json
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -22,7 +20,6 @@ import numpy as np
 import pytest
 from closeup_client import (
     FIELDS,
-    AsyncClient,
     Cancelled,
     Client,
     ClientError,
@@ -36,7 +33,6 @@ from closeup_client import (
     ServedModel,
     ServerFailure,
     Unavailable,
-    Unreachable,
     wire,
 )
 from closeup_client.checks import check_fields
@@ -45,34 +41,23 @@ from closeup_client.pictures import png_from_array
 from closeup_client.served import denoiser_from_served, loras_from_outputs
 from PIL import Image
 
+from tests.client_calls import (
+    PROTOCOLS,
+    both,
+    connect,
+    connect_async,
+    run_generate,
+    run_stream,
+    unused_port,
+)
 from tests.fake_triton import EVENTS, LORAS, REFUSALS, FakeTriton, picture, serve_grpc, serve_http
 
 CLIENT = Path(__file__).parents[1] / "client"
-PROTOCOLS = ("grpc", "http")
 
 
 @pytest.fixture
 def fake(request: pytest.FixtureRequest) -> Iterator[FakeTriton]:
     yield from (serve_grpc() if request.param == "grpc" else serve_http())
-
-
-both = pytest.mark.parametrize(
-    ("fake", "protocol"), [(name, name) for name in PROTOCOLS], indirect=["fake"]
-)
-
-
-def connect(fake: FakeTriton, protocol: str, timeout_s: float = 20.0) -> Client:
-    return Client(f"127.0.0.1:{fake.port}", protocol, timeout_s, {"Authorization": "Bearer x"})
-
-
-def connect_async(fake: FakeTriton, protocol: str, timeout_s: float = 20.0) -> AsyncClient:
-    return AsyncClient(f"127.0.0.1:{fake.port}", protocol, timeout_s, {"Authorization": "Bearer x"})
-
-
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- generate and stream ----------------------------------------------------------------------
@@ -172,14 +157,6 @@ REFUSED = [
 ]
 
 
-def run_generate(client: Client, prompt: str) -> Any:
-    return client.generate(prompt=prompt)
-
-
-def run_stream(client: Client, prompt: str) -> Any:
-    return list(client.stream(prompt=prompt))
-
-
 @both
 @pytest.mark.parametrize("run", [run_generate, run_stream])
 @pytest.mark.parametrize(("prompt", "kind", "code", "text"), REFUSED)
@@ -234,40 +211,6 @@ def test_request_is_cancelled_when_the_iterator_is_closed(fake: FakeTriton, prot
         assert not fake.left.is_set()
         events.close()
         assert fake.left.wait(5)
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_client_says_what_to_do_when_nobody_listens(protocol: str) -> None:
-    client = Client(f"127.0.0.1:{unused_port()}", protocol, 5.0)
-    for ask in (client.health, client.models, lambda: client.generate(prompt="a")):
-        with pytest.raises(Unreachable, match=r"no server answers at 127.*make serve"):
-            ask()
-    with pytest.raises(Unreachable):
-        list(client.stream(prompt="a"))
-
-
-def test_client_reports_a_broken_connection_when_the_server_hangs_up() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def hang_up() -> None:
-            for _ in range(2):
-                connection, _ = server.accept()
-                connection.recv(65536)
-                connection.close()
-
-        threading.Thread(target=hang_up, daemon=True).start()
-        client = Client(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=5.0)
-        with pytest.raises(Unreachable, match="broke before the answer came"):
-            client.generate(prompt="a")
-
-
-@both
-def test_client_refuses_work_when_closed(fake: FakeTriton, protocol: str) -> None:
-    client = connect(fake, protocol)
-    client.generate(prompt="a")
-    client.close()
-    with pytest.raises(ClientError, match="this client is closed"):
-        client.generate(prompt="a")
 
 
 def test_problems_are_told_apart_when_a_message_names_fields() -> None:
@@ -504,16 +447,6 @@ def test_async_generate_is_cancelled_when_its_task_is() -> None:
         assert asyncio.run(work(fake))
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_async_client_says_what_to_do_when_nobody_listens(protocol: str) -> None:
-    async def work() -> None:
-        async with AsyncClient(f"127.0.0.1:{unused_port()}", protocol, 5.0) as client:
-            await client.health()
-
-    with pytest.raises(Unreachable, match="make serve"):
-        asyncio.run(work())
-
-
 # --- checks -----------------------------------------------------------------------------------
 
 
@@ -642,41 +575,7 @@ def test_stream_refuses_raw_when_the_protocol_is_text() -> None:
         Client(protocol="http").stream(prompt="a", response_encoding="raw")
 
 
-# --- addresses and bytes ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("url", "protocol", "shown", "tls"),
-    [
-        (None, None, "localhost:8001 (grpc)", False),
-        (None, "http", "localhost:8000 (http)", False),
-        ("gpu-box", None, "gpu-box:8001 (grpc)", False),
-        ("http://gpu-box", None, "gpu-box:8000 (http)", False),
-        ("https://gpu-box/closeup/", None, "gpu-box:443/closeup (http)", True),
-        ("grpcs://gpu-box:9", "grpc", "gpu-box:9 (grpc)", True),
-        ("[::1]:8001", None, "[::1]:8001 (grpc)", False),
-    ],
-)
-def test_address_is_read_when_the_url_is_good(
-    url: str | None, protocol: str | None, shown: str, tls: bool
-) -> None:
-    address = wire.address_from_url(url, protocol)
-    assert (str(address), address.tls) == (shown, tls)
-
-
-@pytest.mark.parametrize(
-    ("url", "protocol"),
-    [("", None), ("ftp://x", None), ("x:port", None), ("x", "tcp"), ("http://x", "grpc")],
-)
-def test_client_refuses_the_address_when_it_is_none(url: str, protocol: str | None) -> None:
-    with pytest.raises(InvalidRequest, match=r"^(url|protocol): got"):
-        Client(url, protocol)
-
-
-@pytest.mark.parametrize("timeout_s", [0, -1, "5", None, True, float("nan")])
-def test_client_refuses_the_time_limit_when_it_is_none(timeout_s: Any) -> None:
-    with pytest.raises(InvalidRequest, match=r"^timeout_s: got"):
-        Client(timeout_s=timeout_s)
+# --- bytes and files --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -740,10 +639,3 @@ def test_package_loads_neither_server_nor_pillow_when_imported() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert run.stdout.strip() == "[]", run.stderr
-
-
-def test_closing_is_quick_when_nothing_ran() -> None:
-    started_s = time.perf_counter()
-    for protocol in PROTOCOLS:
-        Client(protocol=protocol).close()
-    assert time.perf_counter() - started_s < 2  # seconds; no wait for a connection

@@ -120,6 +120,7 @@ def test_generate_writes_the_preview_when_previews_are_on(fake: FakeTriton, tmp_
         (["a", "--input-image", "none.png"], 2, "input_image: cannot read none.png"),
         (["a", "--sheet"], 2, "--sheet: shows what the face pass did; add --inpaint-faces."),
         (["a", "--sheet", "--inpaint-faces", "--no-stages", "--timeout-s", "0"], 2, "timeout_s"),
+        (["a", "--timeout-s", "inf"], 2, "timeout_s: got inf; expected a number of seconds"),
         (["bad"], 2, "w: got 72; the demo takes up to 64."),
         (["full"], 3, "all 4 slots are taken"),
         (["broken"], 1, "its log names the cause"),

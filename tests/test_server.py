@@ -25,10 +25,16 @@ import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from closeup.errors import ServerError
-from closeup.server import EmbeddedServer, ServerOptions, error_from_log
+from closeup.server import EmbeddedServer, ServerOptions, error_from_log, main
 from closeup.server_layout import check_platform, find_installation
 from closeup.server_log import cut_tail, find_reason
-from closeup.server_options import ModelControl, choose_ports, make_command, parse_arguments
+from closeup.server_options import (
+    ModelControl,
+    check_options,
+    choose_ports,
+    make_command,
+    parse_arguments,
+)
 from closeup.server_regions import clear_dead_regions, create_region, region_exists
 from tests.triton_fixtures import make_input, make_mode, make_repository, post_json, save_double
 
@@ -233,11 +239,15 @@ def start_command_line(repository: Path) -> tuple[subprocess.Popen[str], str]:
 
 
 @pytest.mark.triton
-def test_command_line_prints_urls_and_ends_cleanly_when_terminated(small_repository: Path) -> None:
+def test_command_line_prints_urls_and_ends_cleanly_when_told_twice(
+    small_repository: Path,
+) -> None:
     process, line = start_command_line(small_repository)
     assert line.startswith("ready: HTTP http://127.0.0.1:")
     processes = list_descendants(process.pid)
     process.terminate()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)  # an impatient second one
     assert process.wait(timeout=30) == 0
     assert all(is_gone(child) for child in processes)
     assert list_traces(process.pid) == []
@@ -340,10 +350,107 @@ def test_start_raises_one_sentence_when_options_are_wrong(tmp_path: Path) -> Non
         (ServerOptions(repository=filled, lora_dir=tmp_path / "no"), "no folder of LoRAs"),
         (ServerOptions(repository=filled, threads=0), "--threads is 0; expected"),
         (ServerOptions(repository=filled, slots=-1), "--slots is -1; expected"),
+        (ServerOptions(repository=filled, http_port=70000), "--http-port is 70000; expected 0 to"),
+        (ServerOptions(repository=filled, grpc_port=-1), "--grpc-port is -1; expected 0 to 65535"),
+        (free_ports(filled, host="nowhere.invalid"), "--host 'nowhere.invalid' is no IPv4"),
+        (free_ports(filled, host="::1"), "--host '::1' is no IPv4 address"),
+        (free_ports(filled, host="192.0.2.1"), "of this machine .cannot assign"),
+        (free_ports(filled, host="a..b"), "--host 'a..b' is no IPv4"),
+        (free_ports(filled, host=""), "--host '' is no IPv4 address of this machine .it is empty"),
+        (free_ports(filled, log_path=tmp_path), "--log-path .* cannot be written .is a directory"),
+        (free_ports(filled, log_path=Path("/proc/x/y")), "--log-path /proc/x/y cannot be written"),
     ):
         with pytest.raises(ServerError, match=text) as caught:
             EmbeddedServer(options).start()
         assert "\n" not in str(caught.value)
+
+
+def test_check_options_accepts_both_sides_when_ports_have_limits(tmp_path: Path) -> None:
+    save_double(tmp_path / "double" / "1" / "model.onnx")
+    log_path = tmp_path / "new" / "log.txt"
+    check_options(
+        ServerOptions(
+            repository=tmp_path,
+            host="localhost",
+            http_port=0,
+            metrics_port=65535,
+            log_path=log_path,
+        )
+    )
+    log_path.write_text("of the last run")
+    check_options(free_ports(tmp_path, log_path=log_path, host="0.0.0.0"))
+    assert log_path.read_text() == "of the last run"  # a start that is refused keeps it
+
+
+@pytest.mark.parametrize("function", ["_spawn_guard", "lay_out_backends"])
+def test_start_leaves_nothing_when_the_system_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "/tmp/x")
+
+    save_double(tmp_path / "double" / "1" / "model.onnx")
+    monkeypatch.setattr(f"closeup.server.{function}", refuse)
+    monkeypatch.setattr("closeup.server.check_platform", lambda: None)
+    monkeypatch.setattr("closeup.server.find_installation", lambda: None)
+    before, descriptors = list_traces(os.getpid()), len(os.listdir("/proc/self/fd"))
+    server = EmbeddedServer(free_ports(tmp_path))
+    with pytest.raises(ServerError, match="did not start: .*No space left on device: '/tmp/x'"):
+        server.start()
+    assert server.pid is None
+    assert list_traces(os.getpid()) == before
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_start_leaves_nothing_when_the_log_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_double(tmp_path / "double" / "1" / "model.onnx")
+    monkeypatch.setattr("closeup.server.check_platform", lambda: None)
+    monkeypatch.setattr("closeup.server.find_installation", lambda: None)
+    monkeypatch.setattr("closeup.server.check_options", lambda options: None)
+    before, descriptors = list_traces(os.getpid()), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ServerError, match="did not start: .*Is a directory"):
+        EmbeddedServer(free_ports(tmp_path, log_path=tmp_path)).start()
+    assert list_traces(os.getpid()) == before
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+class StubbornServer(EmbeddedServer):
+    """Starts nothing, is told to stop while it waits, and again while it stops."""
+
+    stopped = 0
+
+    def start(self) -> None:
+        self.log_path = Path(os.devnull)
+
+    def wait(self) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        return 0
+
+    def stop(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+        StubbornServer.stopped += 1
+
+
+def test_command_line_stops_in_order_when_it_is_asked_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr("closeup.server.EmbeddedServer", StubbornServer)
+    StubbornServer.stopped = 0
+    try:
+        status = main(["--repository", str(tmp_path), "--exit-timeout-s", "7"])
+    except KeyboardInterrupt:
+        status = 130
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    assert (status, StubbornServer.stopped) == (0, 1)
+    assert capsys.readouterr().err == "Stopping; running requests have 7 s to finish.\n"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from closeup_client import errors, wire
+from closeup_client.arguments import check_headers, check_timeout
 from closeup_client.checks import Value
 from closeup_client.client import (
     CONTROL_TIMEOUT_S,
@@ -20,7 +21,6 @@ from closeup_client.client import (
     MODEL,
     STREAM_MODEL,
     channel_options,
-    check_timeout,
     error_from_call,
 )
 from closeup_client.result import Progress, Result, event_from_outputs, result_from_outputs
@@ -52,11 +52,11 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
     ) -> None:
         """Keep the address; arguments and errors as in `closeup_client.Client`."""
-        check_timeout(timeout_s)
+        self.timeout_s = check_timeout(timeout_s)
         self.address = wire.address_from_url(url, protocol)
-        self.timeout_s = float(timeout_s)
+        checked = check_headers(headers, self.address.protocol)
         kind = _GrpcTransport if self.address.protocol == "grpc" else _HttpTransport
-        self._transport: _Transport = kind(self.address, dict(headers or {}))
+        self._transport: _Transport = kind(self.address, checked)
 
     async def generate(self, **fields: Any) -> Result:
         """Make pictures and wait for them; fields and errors as in `Client.generate`."""
@@ -77,13 +77,17 @@ class AsyncClient:
         done = False
         answers = self._transport.stream(request.values, self.timeout_s)
         async with contextlib.aclosing(answers):
-            async for outputs in answers:
-                event = event_from_outputs(
-                    outputs, encoding=request.encoding, face_pass=request.face_pass
-                )
-                if event is not None:
-                    done = isinstance(event, Result)
-                    yield event
+            try:
+                async for outputs in answers:
+                    event = event_from_outputs(
+                        outputs, encoding=request.encoding, face_pass=request.face_pass
+                    )
+                    if event is not None:
+                        done = isinstance(event, Result)
+                        yield event
+            except errors.Cancelled:
+                if not done:  # closing the client with the result in hand loses nothing
+                    raise
         if not done:
             raise errors.ServerFailure("the stream ended without a result.")
 
@@ -107,7 +111,7 @@ class AsyncClient:
         return await self._transport.health(min(self.timeout_s, CONTROL_TIMEOUT_S))
 
     async def close(self) -> None:
-        """Close the connection; running requests are cancelled."""
+        """Close the connection; running requests are cancelled, in whichever task they wait."""
         await self._transport.close()
 
     async def __aenter__(self) -> AsyncClient:
@@ -141,7 +145,7 @@ class _Transport(Protocol):
 class _GrpcTransport:
     def __init__(self, address: wire.Address, headers: Mapping[str, str]) -> None:
         self._address = address
-        self._metadata = tuple((key.lower(), value) for key, value in headers.items())
+        self._metadata = tuple(headers.items())
         self._channel: Any = None
         self._closed = False
 
@@ -162,8 +166,8 @@ class _GrpcTransport:
                 if answer.error_message:
                     raise errors.error_from_message(answer.error_message)
                 yield wire.outputs_from_grpc(answer.infer_response)
-        except grpc.RpcError as error:
-            raise error_from_call(error, self._address, timeout_s) from None
+        except (grpc.RpcError, asyncio.CancelledError) as error:
+            raise self._error(error, timeout_s) from None
         finally:
             call.cancel()  # nothing happens when it is over
 
@@ -203,12 +207,18 @@ class _GrpcTransport:
                 self._channel = grpc.aio.insecure_channel(self._address.netloc, options=options)
         return service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
+    def _error(self, error: BaseException, timeout_s: float) -> BaseException:
+        if isinstance(error, asyncio.CancelledError):
+            # Closing the channel looks like a cancelled task to the task that waits.
+            return errors.closed() if self._closed and not _is_task_cancelled() else error
+        return error_from_call(error, self._address, timeout_s, is_closed=self._closed)
+
     async def _call(self, method: str, request: Any, timeout_s: float) -> Any:
         call = getattr(self._stub(), method)
         try:
             return await call(request, timeout=timeout_s, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise error_from_call(error, self._address, timeout_s) from None
+        except (grpc.RpcError, asyncio.CancelledError) as error:
+            raise self._error(error, timeout_s) from None
 
 
 class _HttpTransport:
@@ -216,6 +226,7 @@ class _HttpTransport:
         self._address = address
         self._headers = headers
         self._session: aiohttp.ClientSession | None = None
+        self._running: set[aiohttp.ClientResponse] = set()
         self._closed = False
 
     async def infer(
@@ -259,6 +270,8 @@ class _HttpTransport:
 
     async def close(self) -> None:
         self._closed = True
+        for answer in self._running:  # closing the session would leave their readers waiting
+            answer.content.set_exception(aiohttp.ClientConnectionError("closed"))
         if self._session is not None:
             await self._session.close()
 
@@ -266,7 +279,7 @@ class _HttpTransport:
         try:
             async with self._open("GET", path, None, {}, timeout_s):
                 return True
-        except errors.Unreachable:
+        except (errors.Unreachable, errors.Cancelled):
             raise
         except errors.ClientError:
             return False
@@ -280,7 +293,7 @@ class _HttpTransport:
             raise errors.ClientError("this client is closed; make a new one.")
         if self._session is None:
             self._session = aiohttp.ClientSession(headers=self._headers)
-        scheme, url = "https" if self._address.tls else "http", str(self._address)
+        scheme = "https" if self._address.tls else "http"
         full = f"{scheme}://{self._address.netloc}{self._address.path}{path}"
         limit = aiohttp.ClientTimeout(total=timeout_s)
         try:
@@ -289,14 +302,34 @@ class _HttpTransport:
             ) as answer:
                 if answer.status != 200:
                     text = wire.error_text(await answer.read())
-                    raise errors.error_from_http(answer.status, text, url)
-                yield answer
-        except asyncio.TimeoutError:
-            raise errors.deadline(url, timeout_s) from None
-        except aiohttp.ClientConnectorError:
-            raise errors.unreachable(url) from None
-        except (aiohttp.ClientError, OSError):
-            raise errors.broken(url) from None
+                    raise errors.error_from_http(answer.status, text, str(self._address))
+                self._running.add(answer)
+                try:
+                    yield answer
+                finally:
+                    self._running.discard(answer)
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            raise self._error(error, timeout_s) from None
+
+    def _error(self, error: Exception, timeout_s: float) -> errors.ClientError:
+        url = str(self._address)
+        if self._closed:
+            return errors.closed()
+        if isinstance(error, asyncio.TimeoutError):
+            return errors.deadline(url, timeout_s)
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):
+            return errors.error_from_connect(error.certificate_error, url, tls=True)
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return errors.error_from_connect(error.os_error, url, self._address.tls)
+        if isinstance(error, aiohttp.ClientResponseError):  # no HTTP at all
+            return errors.wrong_protocol(url)
+        return errors.broken(url)
+
+
+def _is_task_cancelled() -> bool:
+    """Whether someone cancelled the running task; Python 3.10 cannot tell, and says no."""
+    cancelling = getattr(asyncio.current_task(), "cancelling", None)
+    return cancelling is not None and cancelling() > 0
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
+import ssl
+import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
 from types import TracebackType
@@ -13,6 +16,7 @@ import grpc  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from closeup_client import errors, wire
+from closeup_client.arguments import check_headers, check_timeout
 from closeup_client.checks import Value
 from closeup_client.result import Progress, Result, event_from_outputs, result_from_outputs
 from closeup_client.served import (
@@ -54,17 +58,17 @@ class Client:
             url: ``host[:port]`` or with a scheme: ``http://``, ``https://``, ``grpc://``,
                 ``grpcs://``. Default: localhost with the protocol's own port, 8001 or 8000.
             protocol: ``"grpc"`` (default) or ``"http"``, where the URL has no scheme.
-            timeout_s: longest wait for one answer, seconds; a stream counts as one.
-            headers: sent with every request, for instance an authorization.
+            timeout_s: longest wait for one answer, seconds, to a million; a stream counts as one.
+            headers: sent with every request, for instance an authorization; printable ASCII.
 
         Raises:
-            InvalidRequest: the URL, protocol or time limit is not one.
+            InvalidRequest: the URL, protocol or time limit is not one, or a header cannot be sent.
         """
-        check_timeout(timeout_s)
+        self.timeout_s = check_timeout(timeout_s)
         self.address = wire.address_from_url(url, protocol)
-        self.timeout_s = float(timeout_s)
+        checked = check_headers(headers, self.address.protocol)
         kind = _GrpcTransport if self.address.protocol == "grpc" else _HttpTransport
-        self._transport: _Transport = kind(self.address, dict(headers or {}))
+        self._transport: _Transport = kind(self.address, checked)
 
     def generate(self, **fields: Any) -> Result:
         """Make pictures and wait for them.
@@ -97,13 +101,17 @@ class Client:
     def _events(self, request: wire.Prepared) -> Generator[Progress | Result, None, None]:
         done = False
         with contextlib.closing(self._transport.stream(request.values, self.timeout_s)) as answers:
-            for outputs in answers:
-                event = event_from_outputs(
-                    outputs, encoding=request.encoding, face_pass=request.face_pass
-                )
-                if event is not None:
-                    done = isinstance(event, Result)
-                    yield event
+            try:
+                for outputs in answers:
+                    event = event_from_outputs(
+                        outputs, encoding=request.encoding, face_pass=request.face_pass
+                    )
+                    if event is not None:
+                        done = isinstance(event, Result)
+                        yield event
+            except errors.Cancelled:
+                if not done:  # closing the client with the result in hand loses nothing
+                    raise
         if not done:
             raise errors.ServerFailure("the stream ended without a result.")
 
@@ -136,7 +144,7 @@ class Client:
         return self._transport.health(min(self.timeout_s, CONTROL_TIMEOUT_S))
 
     def close(self) -> None:
-        """Close the connection; running streams are cancelled."""
+        """Close the connection; running requests are cancelled, in whichever thread they wait."""
         self._transport.close()
 
     def __enter__(self) -> Client:
@@ -149,17 +157,6 @@ class Client:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def check_timeout(timeout_s: Any) -> None:
-    """Refuse what is no time limit.
-
-    Raises:
-        InvalidRequest: not a positive number.
-    """
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
-        problem = f"got {timeout_s!r}; expected a number of seconds above 0."
-        raise errors.InvalidRequest({"timeout_s": problem})
 
 
 class _Transport(Protocol):
@@ -197,8 +194,12 @@ def channel_options(address: wire.Address) -> list[tuple[str, int]]:
     return options
 
 
-def error_from_call(error: Any, address: wire.Address, timeout_s: float) -> errors.ClientError:
-    """The client's error for a `grpc.RpcError`."""
+def error_from_call(
+    error: Any, address: wire.Address, timeout_s: float, *, is_closed: bool
+) -> errors.ClientError:
+    """The client's error for a `grpc.RpcError`; `is_closed`: whether the client was closed."""
+    if is_closed:
+        return errors.closed()
     status, details = error.code(), error.details() or ""
     name = "UNKNOWN" if status is None else status.name
     return errors.error_from_grpc(name, details, str(address), timeout_s)
@@ -207,7 +208,8 @@ def error_from_call(error: Any, address: wire.Address, timeout_s: float) -> erro
 class _GrpcTransport:
     def __init__(self, address: wire.Address, headers: Mapping[str, str]) -> None:
         self._address = address
-        self._metadata = tuple((key.lower(), value) for key, value in headers.items())
+        self._metadata = tuple(headers.items())
+        self._closed = False
         options = channel_options(address)
         if address.tls:
             credentials = grpc.ssl_channel_credentials()
@@ -234,7 +236,7 @@ class _GrpcTransport:
                     raise errors.error_from_message(answer.error_message)
                 yield wire.outputs_from_grpc(answer.infer_response)
         except grpc.RpcError as error:
-            raise error_from_call(error, self._address, timeout_s) from None
+            raise self._error(error, timeout_s) from None
         finally:
             call.cancel()  # nothing happens when it is over
 
@@ -257,7 +259,11 @@ class _GrpcTransport:
         )
 
     def close(self) -> None:
+        self._closed = True
         self._channel.close()
+
+    def _error(self, error: grpc.RpcError, timeout_s: float) -> errors.ClientError:
+        return error_from_call(error, self._address, timeout_s, is_closed=self._closed)
 
     def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
         # A future, not a blocking call: Ctrl-C then reaches us, and cancels the server's work.
@@ -265,9 +271,9 @@ class _GrpcTransport:
         try:
             return call.result()
         except grpc.RpcError as error:
-            raise error_from_call(error, self._address, timeout_s) from None
+            raise self._error(error, timeout_s) from None
         except grpc.FutureCancelledError:
-            raise errors.Cancelled("the request was cancelled.") from None
+            raise errors.closed() from None
         finally:
             call.cancel()
 
@@ -284,6 +290,8 @@ class _HttpTransport:
     def __init__(self, address: wire.Address, headers: Mapping[str, str]) -> None:
         self._address = address
         self._headers = headers
+        self._lock = threading.Lock()  # over the two below
+        self._sockets: set[socket.socket] = set()
         self._closed = False
 
     def infer(
@@ -313,6 +321,8 @@ class _HttpTransport:
                 outputs = wire.outputs_from_event(line)
                 if outputs:
                     yield outputs
+            if self._closed:  # a broken stream of chunks ends without an error
+                raise errors.closed()
 
     def index(self, timeout_s: float) -> list[tuple[str, str, str]]:
         path = "/v2/repository/index"
@@ -328,13 +338,18 @@ class _HttpTransport:
         return Health(live=live, ready=ready, server=server, version=version, url=url)
 
     def close(self) -> None:
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            for connected in self._sockets:
+                with contextlib.suppress(OSError):
+                    # Wakes whoever reads. Not the TLS socket's own, which swaps what they read.
+                    socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
     def _answers(self, path: str, timeout_s: float) -> bool:
         try:
             with self._open("GET", path, None, {}, timeout_s):
                 return True
-        except errors.Unreachable:
+        except (errors.Unreachable, errors.Cancelled):
             raise
         except errors.ClientError:
             return False
@@ -346,26 +361,53 @@ class _HttpTransport:
         """An answer with status 200; what goes wrong inside the block is translated too."""
         if self._closed:
             raise errors.ClientError("this client is closed; make a new one.")
-        url = str(self._address)
         kind = http.client.HTTPSConnection if self._address.tls else http.client.HTTPConnection
         connection = kind(self._address.host, self._address.port, timeout=timeout_s)
         try:
-            try:
-                connection.connect()
-            except TimeoutError:
-                raise
-            except OSError:
-                raise errors.unreachable(url) from None
-            merged = {**self._headers, **headers}
-            connection.request(method, f"{self._address.path}{path}", body, merged)
-            answer = connection.getresponse()
-            if answer.status != 200:
-                text = wire.error_text(answer.read())
-                raise errors.error_from_http(answer.status, text, url)
-            yield answer
-        except TimeoutError:
-            raise errors.deadline(url, timeout_s) from None
-        except (OSError, http.client.HTTPException):
-            raise errors.broken(url) from None
+            with self._connected(connection):
+                merged = {**self._headers, **headers}
+                connection.request(method, f"{self._address.path}{path}", body, merged)
+                answer = connection.getresponse()
+                if answer.status != 200:
+                    text = wire.error_text(answer.read())
+                    raise errors.error_from_http(answer.status, text, str(self._address))
+                yield answer
+        except (OSError, http.client.HTTPException) as error:
+            raise self._error(error, timeout_s) from None
         finally:
             connection.close()
+
+    @contextlib.contextmanager
+    def _connected(self, connection: http.client.HTTPConnection) -> Iterator[None]:
+        """Connect; inside the block `close` breaks the connection."""
+        try:
+            connection.connect()
+        except TimeoutError:
+            raise
+        except OSError as error:
+            url, tls = str(self._address), self._address.tls
+            raise errors.error_from_connect(error, url, tls) from None
+        # Kept here, since the connection lets go of it when the answer is to be its last.
+        connected: socket.socket = connection.sock
+        with self._lock:
+            if self._closed:
+                raise errors.closed()
+            self._sockets.add(connected)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._sockets.discard(connected)
+
+    def _error(self, error: Exception, timeout_s: float) -> errors.ClientError:
+        url = str(self._address)
+        if self._closed:
+            return errors.closed()
+        if isinstance(error, TimeoutError):
+            return errors.deadline(url, timeout_s)
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+            return errors.error_from_connect(error, url, tls=True)  # our certificate was refused
+        hung_up = isinstance(error, http.client.RemoteDisconnected)
+        if isinstance(error, http.client.BadStatusLine) and not hung_up:
+            return errors.wrong_protocol(url)
+        return errors.broken(url)

@@ -7,10 +7,16 @@ and the nearest of the same names otherwise, so a program can tell errors apart 
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Mapping
 
 _CODE = re.compile(r"^\s*([A-Z][A-Z_]{3,}): +(.*)$", re.DOTALL)
 _FIELD = re.compile(r"(?:^|(?<=[.;!?)] ))([a-z][a-z_]*): ")
+# What gRPC writes when there was no connection.
+_NO_CONNECTION = ("failed to connect", "resolution", "resolving", "refused")
+_GRPC_TLS_REASON = re.compile(r"OPENSSL_internal:(?:CERTIFICATE_VERIFY_FAILED: )?([^:]+)")
+_HUNG_UP = "the server hung up"
+_OPENSSL_REASON = re.compile(r"[A-Z0-9_]+")
 _BY_GRPC_STATUS = {
     "INVALID_ARGUMENT": "INVALID_ARG",
     "UNIMPLEMENTED": "UNSUPPORTED",
@@ -67,7 +73,7 @@ class Unavailable(ClientError):  # noqa: N818
 
 
 class Unreachable(Unavailable):
-    """No server answers at the address, or the connection broke."""
+    """No server answers at the address, not in this protocol, or the connection broke."""
 
 
 class Cancelled(ClientError):  # noqa: N818
@@ -138,11 +144,40 @@ def error_from_grpc(status: str, details: str, url: str, timeout_s: float) -> Cl
         return deadline(url, timeout_s)
     if status == "UNAVAILABLE":
         lowered = details.lower()
-        if "failed to connect" in lowered or "resolution" in lowered or "refused" in lowered:
-            return unreachable(url)
+        if any(sign in lowered for sign in _NO_CONNECTION):
+            return _unconnected(details, url)
         if "exceeds maximum queue" not in lowered and "not ready" not in lowered:
             return broken(url)
     return error_from_message(details or "", _BY_GRPC_STATUS.get(status, status))
+
+
+def _unconnected(details: str, url: str) -> Unreachable:
+    lowered = details.lower()
+    if "handshake" in lowered or "hostname verification" in lowered or "peer name" in lowered:
+        match = _GRPC_TLS_REASON.search(details)
+        if match is None and "reset" in lowered:
+            return tls_failed(url, _HUNG_UP)
+        return tls_failed(url, match[1] if match else details.rpartition("last error: ")[2])
+    if "http/2" in lowered or "http1" in lowered:
+        return wrong_protocol(url)
+    return unreachable(url)
+
+
+def error_from_connect(error: BaseException, url: str, tls: bool) -> Unreachable:
+    """The error for a connection that could not be made.
+
+    Args:
+        error: an `OSError`; `ssl.SSLError` is one.
+        url: the address asked.
+        tls: whether the connection was to be encrypted.
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return tls_failed(url, error.verify_message or str(error))
+    if isinstance(error, ssl.SSLError):
+        return tls_failed(url, error.reason or str(error))
+    if tls and isinstance(error, ConnectionResetError):  # after the connection was made
+        return tls_failed(url, _HUNG_UP)
+    return unreachable(url)
 
 
 def error_from_http(status: int, body: str, url: str) -> ClientError:
@@ -152,10 +187,34 @@ def error_from_http(status: int, body: str, url: str) -> ClientError:
     return error_from_message(text[:2000], known)
 
 
+def closed() -> Cancelled:
+    """The client was closed while a request ran."""
+    return Cancelled("the request was cancelled, since its client was closed.")
+
+
 def unreachable(url: str) -> Unreachable:
     """Nobody listens there."""
     return Unreachable(
         f"no server answers at {url}: start it with `make serve` or check the URL and protocol."
+    )
+
+
+def tls_failed(url: str, reason: str) -> Unreachable:
+    """Somebody listens there, and the encrypted connection was not agreed on."""
+    why = reason.rstrip(". ")
+    if _OPENSSL_REASON.fullmatch(why):
+        why = why.lower().replace("_", " ")
+    return Unreachable(
+        f"TLS to {url} failed ({why}); check the certificate, or use http:// or grpc:// for a "
+        "server without TLS."
+    )
+
+
+def wrong_protocol(url: str) -> Unreachable:
+    """Somebody listens there and speaks something else."""
+    return Unreachable(
+        f"what answers at {url} does not speak that protocol; check the port: by default 8000 is "
+        "for HTTP and 8001 for gRPC."
     )
 
 

@@ -24,6 +24,7 @@ from types import FrameType, TracebackType
 from typing import TextIO
 
 from closeup import server_guard
+from closeup.drain import DRAIN_VARIABLE, drain
 from closeup.errors import ServerError
 from closeup.server_layout import (
     Installation,
@@ -49,6 +50,7 @@ _LOGGER = logging.getLogger(__name__)
 _POLL_S = 0.05
 _PORT_TRIES = 3
 _CLEAR_S = 5.0
+_DRAIN_NAME = "draining"
 
 
 class EmbeddedServer:
@@ -70,6 +72,7 @@ class EmbeddedServer:
         self.log_path = Path()
         self._guard: subprocess.Popen[bytes] | None = None
         self._region_name = ""
+        self._drain_file = Path()
 
     def __enter__(self) -> EmbeddedServer:
         self.start()
@@ -110,10 +113,15 @@ class EmbeddedServer:
         return None
 
     def stop(self) -> None:
-        """Stop and wait until nothing of the server is left; does nothing when not running."""
+        """Stop and wait until nothing of the server is left; does nothing when not running.
+
+        Running requests have ``exit_timeout_s`` to finish; new ones are refused meanwhile.
+        """
         guard, self._guard = self._guard, None
         if guard is None:
             return
+        if guard.poll() is None and self._drain_file.parent.exists():
+            drain(self._drain_file, self.metrics_url, self.options.exit_timeout_s)
         with contextlib.suppress(BrokenPipeError):
             guard.communicate(b"stop")
         # Does something only where the guard was killed; then the server's processes end within
@@ -135,6 +143,7 @@ class EmbeddedServer:
         options = choose_ports(self.options)
         region = create_region()
         self._region_name = region.name
+        self._drain_file = region.folder / _DRAIN_NAME
         self.log_path = options.log_path or region.folder / "server.log"
         try:
             log = self._spawn_guard(options, installation, region)
@@ -194,7 +203,12 @@ def _spawn_guard(
     options: ServerOptions, installation: Installation, region: Region, log_path: Path
 ) -> subprocess.Popen[bytes]:
     backends = lay_out_backends(installation, region.folder)
-    base = {**os.environ, **variables_from_options(options), **options.environment}
+    base = {
+        **os.environ,
+        **variables_from_options(options),
+        DRAIN_VARIABLE: str(region.folder / _DRAIN_NAME),
+        **options.environment,
+    }
     job = {
         "command": make_command(options, installation.binary, backends, region.name),
         "region": region.name,

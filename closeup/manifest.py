@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 from closeup.errors import ModelError
 from closeup.faces import DEFAULT_CROP_FACTOR, FaceDefaults
 from closeup.families import Family, family_named
+
+_LOGGER = logging.getLogger(__name__)
 
 INDEX_NAME = "models.json"
 MANIFEST_NAME = "manifest.json"
@@ -310,7 +313,7 @@ def read_manifest(path: Path) -> ModelManifest:
             limits=None if limits is None else _limits(limits),
             **data,
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
 
 
@@ -339,23 +342,39 @@ def read_face_detector(repository: Path) -> FaceDetectorManifest | None:
 
 
 def read_index(repository: Path) -> list[str]:
-    """Return the names of the pipelines, the default first; empty when none was exported."""
+    """Return the names of the pipelines, the default first; empty when none was exported.
+
+    Raises:
+        ModelError: the index is damaged.
+    """
     path = repository / INDEX_NAME
     if not path.exists():
         return []
-    return [str(name) for name in _read_json(path)["models"]]
+    names = _read_json(path).get("models")
+    if not isinstance(names, list):
+        raise _damaged(path, TypeError("no list of models"))
+    return [str(name) for name in names]
 
 
 def read_models(repository: Path) -> dict[str, ModelManifest]:
     """Read every pipeline of a repository, the default first.
 
+    A pipeline whose manifest cannot be read is left out, with one line in the log, so that it takes
+    none of the others down; the first of the rest is then the default.
+
     Raises:
-        ModelError: a listed pipeline has no readable manifest.
+        ModelError: the index is damaged.
     """
-    return {
-        name: read_manifest(repository / f"{name}_denoiser" / MANIFEST_NAME)
-        for name in read_index(repository)
-    }
+    models: dict[str, ModelManifest] = {}
+    for name in read_index(repository):
+        try:
+            manifest = read_manifest(repository / f"{name}_denoiser" / MANIFEST_NAME)
+            family_named(manifest.family)
+        except ModelError as error:
+            _LOGGER.error("%s is not served: %s", name, error)
+        else:
+            models[name] = manifest
+    return models
 
 
 def _encoder(data: Mapping[str, Any]) -> TextEncoder:
@@ -389,7 +408,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{path} is missing: export the model again.") from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
     if not isinstance(data, dict):
         raise _damaged(path, TypeError("not a JSON object"))

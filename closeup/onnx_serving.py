@@ -188,13 +188,36 @@ def check_config(config: Mapping[str, Any], engine: Described) -> None:
     """Compare a completed config with the graph.
 
     Raises:
-        ModelError: a tensor is in one of them only, or the config batches what the graph does not.
+        ModelError: a tensor is in one of them only, has other dims in the other, or the config
+            batches what the graph does not.
     """
     completion = complete_config(config, engine)
     for tensor in (*completion.inputs, *completion.outputs):
         raise ModelError(
             f"config.pbtxt lists tensors but not {tensor['name']}, which the graph has; list all "
             "or none."
+        )
+    listed = _listed_tensors(config)
+    for spec in (*engine.inputs, *engine.outputs):
+        _check_dims(spec, listed[spec.name], completion.max_batch_size)
+
+
+def _check_dims(spec: TensorSpec, listed: Mapping[str, Any], max_batch_size: int) -> None:
+    """Compare a tensor's dims, as the native backend does; the config may allow fewer sizes."""
+    if listed.get("reshape"):
+        return
+    got = [int(side) for side in listed.get("dims", ())]
+    expected = _tensor(spec, max_batch_size)["dims"]
+    is_scalar = len(spec.shape) == (1 if max_batch_size > 0 else 0)
+    sides = [-1] if is_scalar else expected
+    if len(got) != len(sides) or any(
+        side not in (-1, told) for told, side in zip(got, sides, strict=True)
+    ):
+        batch = ", without its first axis, the batch" if max_batch_size > 0 else ""
+        raise ModelError(
+            f"config.pbtxt gives tensor {spec.name} the dims {got}; the graph's is "
+            f"{spec.describe()}, so expected {expected}{batch}: export the model again, or mend "
+            "config.pbtxt."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ from closeup.manifest import (
     read_upscaler,
 )
 from closeup.tokens import PromptTokenizer
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Repository:
@@ -37,11 +40,19 @@ class Repository:
     def models(self) -> dict[str, ModelManifest]:
         """Return the pipelines by name, the default first.
 
+        A pipeline without a readable manifest is not among them; see `read_models`.
+
         Raises:
-            ModelError: a manifest is missing or damaged.
+            ModelError: the index is damaged.
         """
         if self._models is None:
-            self._models = read_models(self._folder)
+            try:
+                self._models = read_models(self._folder)
+            except ModelError as error:
+                _LOGGER.error("%s", error)
+                raise ModelError(
+                    "the server's list of models is damaged: export a model again."
+                ) from None  # clients learn no paths
         return self._models
 
     def tokenizers(self, model: ModelManifest) -> tuple[PromptTokenizer, ...]:

@@ -13,23 +13,24 @@ from typing import TYPE_CHECKING
 
 from closeup.errors import CloseupError
 from closeup.manifest import Defaults
+from export.facts import ModelFacts, read_folder_facts
 from export.options import (
     ExportOptions,
-    ModelFacts,
     check_options,
     file_fingerprint,
     is_single_file,
     pipeline_fingerprint,
-    read_folder_facts,
     resolve_folder,
     upscaler_fingerprint,
 )
 from export.plan_options import add_plan_arguments, plan_options
 from export.precisions import UPSCALER, Precision, Target, parse_component_precisions
-from export.repository import has_plans, is_unchanged
+from export.repository import has_plans, is_unchanged, remove_pipeline
 
 if TYPE_CHECKING:
     from export.engines import PlanWriter
+
+_REPOSITORY = Path("model_repository")
 
 
 def parse_options(arguments: Sequence[str]) -> ExportOptions:
@@ -39,7 +40,9 @@ def parse_options(arguments: Sequence[str]) -> ExportOptions:
         ExportError: a value that argparse cannot tell to be wrong.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m export", description="Export a diffusers pipeline for serving."
+        prog="python -m export",
+        description="Export a diffusers pipeline for serving.",
+        epilog="python -m export --remove NAME [--repository DIR]: take a pipeline out again.",
     )
     add = parser.add_argument
     add("--model", required=True, help="pipeline folder in diffusers layout, hub id, or one "
@@ -50,7 +53,7 @@ def parse_options(arguments: Sequence[str]) -> ExportOptions:
     add("--target", type=Target, choices=list(Target), default=Target.ONNX, help="what is "
         "served: the graphs, or plans built from them by TensorRT (on the GPU they are for) or "
         "TensorRT-RTX (needs no GPU)")  # fmt: skip
-    add("--repository", type=Path, default=Path("model_repository"))
+    add("--repository", type=Path, default=_REPOSITORY)
     add("--lora-rank", type=int, default=32, help="largest LoRA rank; 0: no LoRA inputs")
     add("--precision", type=Precision, choices=list(Precision), default=Precision.FP32,
         help="of the denoiser and the text encoders; in plans of the upscaler too, and the VAE is "
@@ -123,16 +126,26 @@ def run_export(options: ExportOptions) -> None:
     if options.face_detector is not None:
         jobs.append(("face_detector", file_fingerprint(options, options.face_detector)))
     plans = _open_plan_writer(options)
+    unchanged = {
+        model
+        for model, fingerprint in jobs
+        if not options.force and is_unchanged(options.repository, model, fingerprint)
+    }
+    if len(unchanged) < len(jobs):
+        # Imported late: an unchanged export must not wait for torch.
+        from export import exporting
+
+        exporting.check_shared(
+            upscaler=None if "upscaler" in unchanged else options.upscaler,
+            face_detector=None if "face_detector" in unchanged else options.face_detector,
+        )
     for model, fingerprint in jobs:
-        if not options.force and is_unchanged(options.repository, model, fingerprint):
+        if model in unchanged:
             if plans is None or has_plans(options.repository, model, plans.fingerprint):
                 print(f"{model}: unchanged")
             else:
                 plans.rebuild(options.repository, model)
             continue
-        # Imported late: an unchanged export must not wait for torch.
-        from export import exporting
-
         if model == "upscaler":
             assert options.upscaler is not None
             precision = options.precision_of(UPSCALER)
@@ -160,8 +173,31 @@ def _open_plan_writer(options: ExportOptions) -> PlanWriter | None:
     return open_plan_writer(options)
 
 
+def remove(arguments: Sequence[str]) -> bool:
+    """Take a pipeline out when ``--remove`` is given.
+
+    Returns:
+        Whether it was given.
+
+    Raises:
+        ExportError: there is no such pipeline, or the repository cannot be written.
+    """
+    parser = argparse.ArgumentParser(prog="python -m export", add_help=False, allow_abbrev=False)
+    parser.add_argument("--remove", metavar="NAME")
+    parser.add_argument("--repository", type=Path, default=_REPOSITORY)
+    given, others = parser.parse_known_args(arguments)
+    if given.remove is None:
+        return False
+    if others:
+        parser.error(f"--remove NAME goes with --repository alone, not with {others[0]}")
+    folders = remove_pipeline(given.repository, given.remove)
+    print(f"{given.remove} is no longer in {given.repository} ({len(folders)} folders removed)")
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when all is well, 2 with one sentence when not."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -170,7 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     started = time.monotonic()
     try:
-        options = parse_options(sys.argv[1:] if arguments is None else arguments)
+        if remove(arguments):
+            return 0
+        options = parse_options(arguments)
         run_export(options)
     except CloseupError as error:
         print(f"export: {error}", file=sys.stderr)

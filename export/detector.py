@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -140,17 +140,31 @@ def load_face_detector(path: Path) -> FaceDetector:
     """A detector in evaluation mode from `save_face_detector`'s file.
 
     Raises:
-        ModelError: the file's metadata names no FaceDetector, or its tensors do not fit.
+        ModelError: no safetensors file, its metadata names no FaceDetector, or its tensors do not
+            fit.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path.name} is no safetensors file ({error}); pickled weights are not loaded, since "
+            "opening them can run code."
+        ) from error
     if metadata.get("architecture") != "FaceDetector":
         raise ModelError(
             f"{path.name} says architecture {metadata.get('architecture')!r}, expected "
             "'FaceDetector': give a file written by demo.train_detector."
         )
-    model = FaceDetector(DetectorSize(**json.loads(metadata["size"])))
+    try:
+        model = FaceDetector(DetectorSize(**json.loads(metadata["size"])))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        given = metadata.get("size", "none")
+        raise ModelError(
+            f"{path.name} says size {given} in its metadata, expected JSON like "
+            f"{json.dumps(asdict(DetectorSize()))}: give a file written by demo.train_detector."
+        ) from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -53,7 +53,8 @@ from export.profiles import (
     vae_sides,
 )
 from export.progress import timed_report
-from export.repository import STAMP_NAME, Staging, Stamp, lock_repository, open_staging, read_stamp
+from export.repository import STAMP_NAME, Staging, Stamp, open_staging, read_stamp
+from export.scratch import lock_repository
 from export.sizes import check_steps, default_sizes, with_native
 
 logger = logging.getLogger(__name__)

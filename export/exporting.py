@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from closeup.errors import CloseupError, ExportError
+from closeup.errors import ExportError, ModelError
 from closeup.families import SDXL
 from closeup.manifest import (
     MANIFEST_NAME,
@@ -20,7 +20,7 @@ from closeup.manifest import (
     manifest_json,
 )
 from closeup.segments import DENOISER_INPUTS, DENOISER_OUTPUTS, PLAIN_NAME
-from export.adopting import adopt_detector
+from export.adopting import adopt_detector, read_detector
 from export.components import (
     face_detector_graph,
     face_detector_tensors,
@@ -34,10 +34,12 @@ from export.config import (
     TritonConfig,
     vae_batch,
 )
+from export.detector import OUTPUT_NAMES, FaceDetector, load_face_detector
 from export.engines import PlanWriter
+from export.facts import ModelFacts, check_facts, face_facts
 from export.graphs import Graph, GraphTensor, export_graph, torch_dtype
 from export.layouts import INDEX_NAME, EncoderLayout, PipelineLayout, layout_of, read_json
-from export.options import ExportOptions, ModelFacts, face_facts
+from export.options import ExportOptions
 from export.parts import Part, WrittenPart, export_part
 from export.pipelines import VAE, component_config, refuse_pickles
 from export.precisions import (
@@ -54,10 +56,10 @@ from export.repository import (
     Staging,
     Stamp,
     add_to_index,
-    lock_repository,
     open_staging,
 )
-from export.single_file import converted_folder
+from export.scratch import lock_repository
+from export.single_file import converted_folder, family_of_file
 from export.tokenizing import write_tokenizer
 from export.upscalers import load_upscaler
 
@@ -89,6 +91,7 @@ def export_pipeline(
             it was.
     """
     layout = layout_of(folder)
+    check_facts(facts, flags=options.facts, family=layout.family)
     refuse_pickles(folder, layout)
     _refuse_absent_parts(options, layout)
     draft = _draft_manifest(options, folder, layout, facts)
@@ -118,6 +121,8 @@ def export_single_file(
         ExportError: as `export_pipeline`, or it cannot be converted.
     """
     path = Path(options.model)
+    layout = family_of_file(path) if options.config is None else layout_of(options.config)
+    check_facts(facts, flags=options.facts, family=layout.family)
     denoiser = options.precision_of(DENOISER)
     encoders = {options.precision_of(name) for name in (TEXT_ENCODER, TEXT_ENCODER_2)}
     others = encoders.pop() if len(encoders) == 1 else Precision.FP32
@@ -165,20 +170,14 @@ def export_face_detector(
         ExportError: it cannot be read, exported, does not agree with PyTorch, or (an ONNX file)
             has other tensors.
     """
-    from export.detector import OUTPUT_NAMES, load_face_detector
-
     with open_staging(repository) as staging:
-        if path.suffix.lower() == ".onnx":
-            adopted = adopt_detector(path, staging.graph_path("face_detector"), OUTPUT_NAMES)
-            component = adopted.component
+        if _is_onnx(path):
+            component = adopt_detector(path, staging.graph_path("face_detector"), OUTPUT_NAMES)
             image, tensors = face_detector_tensors(OUTPUT_NAMES)
-            batch = DETECTOR_BATCH if adopted.has_batch else 0
-            staging.write_config(_served_config("face_detector", (image,), tensors, batch))
+            config = _served_config("face_detector", (image,), tensors, DETECTOR_BATCH)
+            staging.write_config(config)
         else:
-            try:
-                graph = face_detector_graph(load_face_detector(path), OUTPUT_NAMES)
-            except (CloseupError, OSError, RuntimeError, ValueError) as error:
-                raise ExportError(f"{path} cannot be read as a face detector: {error}") from error
+            graph = face_detector_graph(_load_detector(path), OUTPUT_NAMES)
             component = _export(staging, graph, "face_detector", max_batch=DETECTOR_BATCH)
         manifest = FaceDetectorManifest(component=component)
         stamp = Stamp(fingerprint=fingerprint, models=("face_detector",))
@@ -186,6 +185,32 @@ def export_face_detector(
             stamp = plans.add_face_detector(staging, manifest, stamp)
         _publish_shared(staging, "face_detector", manifest, stamp)
     return manifest
+
+
+def check_shared(*, upscaler: Path | None, face_detector: Path | None) -> None:
+    """Read the models that pipelines share, so that wrong files are told before a long export.
+
+    Raises:
+        ExportError: a file is no such model.
+    """
+    if upscaler is not None:
+        load_upscaler(upscaler)
+    if face_detector is not None:
+        if _is_onnx(face_detector):
+            read_detector(face_detector, OUTPUT_NAMES)
+        else:
+            _load_detector(face_detector)
+
+
+def _is_onnx(path: Path) -> bool:
+    return path.suffix.lower() == ".onnx"
+
+
+def _load_detector(path: Path) -> FaceDetector:
+    try:
+        return load_face_detector(path)
+    except (ModelError, OSError) as error:
+        raise ExportError(f"{path} cannot be read as a face detector: {error}") from error
 
 
 def _draft_manifest(

@@ -325,13 +325,18 @@ def describe(sizes: Sizes) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
-def open_session(path: Path) -> ort.InferenceSession:
-    """Open a file in ONNX Runtime on the CPU with torch's number of threads."""
+def open_session(graph: Path | bytes, *, log_severity: int = 3) -> ort.InferenceSession:
+    """Open a file, or its bytes, in ONNX Runtime on the CPU with torch's number of threads.
+
+    Args:
+        graph: without external data where it is bytes.
+        log_severity: of what ONNX Runtime prints; 3 are errors, 4 only what is fatal.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = log_severity
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def _session_to_compare(graph: Graph, path: Path) -> ort.InferenceSession:

@@ -16,7 +16,7 @@ from typing import Any
 
 import closeup
 from closeup.errors import ExportError
-from closeup.manifest import Defaults
+from export.facts import FOLDER_OPTIONS_NAME, ModelFacts, check_facts
 from export.plan_options import PlanOptions, check_plan_options
 from export.precisions import (
     COMPONENTS,
@@ -27,28 +27,6 @@ from export.precisions import (
     resolve_precision,
 )
 
-FOLDER_OPTIONS_NAME = "closeup.json"
-_NUMBER = (int, float)
-# Keys of the file and the types of their values.
-_FOLDER_KEYS: Mapping[str, tuple[type, ...]] = {
-    "native_px": (int,),
-    "face_prompt_suffix": (str,),
-    "face_crop_factor": _NUMBER,
-    "lost_face_strength": _NUMBER,
-    "face_steps": (int,),
-}
-_FACE_RANGES = {
-    "face_crop_factor": (1.2, 4.0),
-    "lost_face_strength": (0.0, 1.0),
-    "face_steps": (1, 50),
-}
-_DEFAULT_KEYS: Mapping[str, tuple[type, ...]] = {
-    "width": (int,),
-    "height": (int,),
-    "steps": (int,),
-    "cfg_scale": _NUMBER,
-    "scheduler": (str,),
-}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SHARED_NAMES = ("generate", "generate_stream", "upscaler", "face_detector")
@@ -56,47 +34,6 @@ _SHARED_NAMES = ("generate", "generate_stream", "upscaler", "face_detector")
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "optimum-onnx")
 # Modules of the library that decide it too: tensors of the denoiser's config, the manifest.
 _DECIDING = ("families.py", "manifest.py", "segments.py", "tensors.py")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFacts:
-    """Per-model settings of the manifest; None and empty leave the family's.
-
-    Attributes:
-        native_px: side the weights were trained at.
-        face_prompt_suffix: added to the prompt in the face pass.
-        face_crop_factor: side of the face crop over the face box.
-        lost_face_strength: strength for faces of a few latents, 0 to 1.
-        face_steps: steps of the face pass, 1 to 50.
-        defaults: what a request gets that does not say otherwise.
-    """
-
-    native_px: int | None = None
-    face_prompt_suffix: str | None = None
-    face_crop_factor: float | None = None
-    lost_face_strength: float | None = None
-    face_steps: int | None = None
-    defaults: Defaults = field(default_factory=Defaults)
-
-    def over(self, other: ModelFacts) -> ModelFacts:
-        """Return these, with what they leave open taken from ``other``."""
-
-        def first(name: str) -> Any:
-            own = getattr(self, name)
-            return getattr(other, name) if own is None else own
-
-        def first_default(name: str) -> Any:
-            own = getattr(self.defaults, name)
-            return getattr(other.defaults, name) if own is None else own
-
-        return ModelFacts(
-            native_px=first("native_px"),
-            face_prompt_suffix=first("face_prompt_suffix"),
-            face_crop_factor=first("face_crop_factor"),
-            lost_face_strength=first("lost_face_strength"),
-            face_steps=first("face_steps"),
-            defaults=Defaults(**{name: first_default(name) for name in _DEFAULT_KEYS}),
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,6 +107,7 @@ def check_options(options: ExportOptions) -> None:
         raise ExportError(f"--max-batch {options.max_batch}: expected 1 to 64.")
     if not 16 <= options.max_tokens <= 512:
         raise ExportError(f"--max-tokens {options.max_tokens}: expected 16 to 512.")
+    check_facts(options.facts, flags=options.facts)
     check_plan_options(options.plans, has_plans=options.target is not Target.ONNX)
     _check_files(options)
     _check_precisions(options)
@@ -212,6 +150,13 @@ def resolve_folder(model: str) -> Path:
                 f"{model} has no model_index.json: expected the folder of a diffusers pipeline."
             )
         return folder
+    if folder.suffix.lower() == ".safetensors" and not folder.exists():
+        raise ExportError(f"--model {model}: there is no such file.")
+    if folder.exists():
+        raise ExportError(
+            f"--model {model} is a file that is not read: expected a .safetensors file or a "
+            "pipeline's folder."
+        )
     if not _HUB_ID.fullmatch(model) or model.startswith((".", "/")):
         raise ExportError(f"there is no folder {model}, and it is no hub id like owner/name.")
     from diffusers import DiffusionPipeline
@@ -224,44 +169,6 @@ def resolve_folder(model: str) -> Path:
             f"{model} is no folder here and cannot be had from the hub as safetensors: "
             f"{reason[0] if reason else type(error).__name__}"
         ) from error
-
-
-def face_facts(facts: ModelFacts) -> dict[str, Any]:
-    """Return what the model says about the face pass, by its name in the manifest.
-
-    Raises:
-        ExportError: a value is out of range.
-    """
-    given: dict[str, Any] = {}
-    for name, (low, high) in _FACE_RANGES.items():
-        value = getattr(facts, name)
-        if value is None:
-            continue
-        if not low <= value <= high:
-            raise ExportError(f"{name} is {value:g}; expected {low:g} to {high:g}.")
-        given[name] = int(value) if name == "face_steps" else float(value)
-    return given
-
-
-def read_folder_facts(folder: Path) -> ModelFacts:
-    """Read the folder's ``closeup.json``; all open when it has none.
-
-    Raises:
-        ExportError: not JSON, or a key that is not known.
-    """
-    path = folder / FOLDER_OPTIONS_NAME
-    if not path.exists():
-        return ModelFacts()
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ExportError(f"{path} is not valid JSON: {error}") from error
-    defaults = data.pop("defaults", {}) if isinstance(data, dict) else None
-    if not isinstance(data, dict) or not isinstance(defaults, dict):
-        raise ExportError(f"{path}: expected a JSON object, with an object under 'defaults'.")
-    _check_keys(path, data, _FOLDER_KEYS)
-    _check_keys(path, defaults, _DEFAULT_KEYS)
-    return ModelFacts(**data, defaults=Defaults(**defaults))
 
 
 def pipeline_fingerprint(options: ExportOptions, folder: Path | None, facts: ModelFacts) -> str:
@@ -340,12 +247,3 @@ def _matters(path: Path) -> bool:
     ):  # fmt: skip
         return False
     return path.suffix in (".json", ".txt", ".safetensors")
-
-
-def _check_keys(path: Path, data: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]) -> None:
-    for key, value in data.items():
-        if key not in known:
-            raise ExportError(f"{path}: unknown key {key!r}; expected {', '.join(known)}.")
-        if not isinstance(value, known[key]) or isinstance(value, bool):
-            names = " or ".join(kind.__name__ for kind in known[key])
-            raise ExportError(f"{path}: {key} is {value!r}; expected {names}.")

@@ -6,21 +6,26 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock
-
-from closeup.cache_files import lock_file, try_lock_file
+from closeup.cache_files import replace_file
 from closeup.errors import ExportError, ModelError
 from closeup.manifest import INDEX_NAME, read_index
 from closeup.plans import PLAN_SUFFIX, record_path
 from export.config import MODEL_FILE, TritonConfig, config_text
+from export.precisions import COMPONENTS, DENOISER
+from export.scratch import (
+    HOSTS,
+    clear_dead,
+    explained,
+    lock_repository,
+    open_scratch,
+    swap_folders,
+)
 
 STAMP_NAME = "export.json"
-_ALIVE = ".alive"
 DENOISER_MODEL = '''"""The denoiser behind Triton; `closeup.denoiser_model` does the work."""
 
 from closeup.denoiser_model import TritonPythonModel  # noqa: F401
@@ -29,7 +34,7 @@ from closeup.denoiser_model import TritonPythonModel  # noqa: F401
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Staging:
-    """An export in the making, beside the repository and on the same file system.
+    """An export in the making, on the repository's file system.
 
     Attributes:
         repository: where the folders go at the end.
@@ -46,11 +51,16 @@ class Staging:
         return path
 
     def write_text(self, model: str, name: str, text: str) -> None:
-        """Write a text file into the folder of ``model``."""
+        """Write a text file into the folder of ``model``.
+
+        Raises:
+            ExportError: it cannot be written.
+        """
         path = self.folder / model / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # it may be a link to what is served
-        path.write_text(text, encoding="utf-8")
+        with explained(self.repository):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # it may be a link to what is served
+            path.write_text(text, encoding="utf-8")
 
     def write_config(self, config: TritonConfig) -> None:
         """Write the ``config.pbtxt`` of a model."""
@@ -66,7 +76,8 @@ class Staging:
             for path in self.folder.rglob("*")
             if path.is_file()
             and PLAN_SUFFIX not in path.suffixes
-            and path.name not in (STAMP_NAME, _ALIVE)
+            and path.parent != self.folder
+            and path.name != STAMP_NAME
         )
         self.write_text(model, STAMP_NAME, replace(stamp, files=tuple(files)).text())
 
@@ -86,38 +97,36 @@ class Staging:
                 ) from error
 
     def publish(self) -> list[str]:
-        """Move every folder into the repository, replacing what was there; returns their names."""
-        models = sorted(path.name for path in self.folder.iterdir() if path.is_dir())
-        old = Path(tempfile.mkdtemp(prefix="old-", dir=self.folder))
-        for model in models:
-            target = self.repository / model
-            if target.exists():
-                os.rename(target, old / model)
-            os.rename(self.folder / model, target)
+        """Move every folder into the repository, in place of what was there.
+
+        Folders that the last export by the same name wrote and this one does not are taken out:
+        Triton would load them for nothing. The repository is locked by the caller.
+
+        Returns:
+            The names of the folders.
+
+        Raises:
+            ExportError: they cannot be moved; the repository is as it was.
+        """
+        with explained(self.repository):
+            clear_dead(self.repository)  # before its leftovers could undo what comes now
+            models = sorted(path.name for path in self.folder.glob("[!.]*") if path.is_dir())
+            stamps = [read_stamp(self.repository, model) for model in models]
+            before = {name for stamp in stamps if stamp is not None for name in stamp.models}
+            gone = _folders(self.repository, before - set(models))
+            swap_folders(self.folder, self.repository, new=models, gone=gone)
         return models
 
 
 @contextlib.contextmanager
 def open_staging(repository: Path) -> Iterator[Staging]:
-    """Give a staging folder that is gone afterwards, whatever happened."""
-    repository.mkdir(parents=True, exist_ok=True)
-    parent = repository.resolve().parent
-    prefix = f".{repository.resolve().name}-"
-    with contextlib.ExitStack() as stack:
-        with lock_repository(repository):  # so that nobody takes the new folder for a dead one
-            _remove_dead(parent, prefix)
-            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            stack.enter_context(lock_file(folder / _ALIVE))
+    """Give a staging folder that is gone afterwards, whatever happened.
+
+    Raises:
+        ExportError: the repository cannot be written.
+    """
+    with open_scratch(repository) as folder:
         yield Staging(repository=repository, folder=folder)
-
-
-def _remove_dead(parent: Path, prefix: str) -> None:
-    """Remove the staging folders of exports that were killed: nobody holds their lock."""
-    for alive in parent.glob(f"{prefix}*/{_ALIVE}"):
-        with try_lock_file(alive) as held:
-            if held:
-                shutil.rmtree(alive.parent, ignore_errors=True)
 
 
 def _copy_folder(source: Path, target: Path) -> None:
@@ -132,28 +141,66 @@ def _copy_folder(source: Path, target: Path) -> None:
             shutil.copy2(path, copy)
 
 
-@contextlib.contextmanager
-def lock_repository(repository: Path) -> Iterator[None]:
-    """Hold the repository against other exports; they wait."""
-    repository.mkdir(parents=True, exist_ok=True)
-    with FileLock(repository / ".export.lock"):
-        yield
-
-
 def add_to_index(repository: Path, name: str) -> None:
     """List ``name`` in ``models.json``, at the end unless it is there already.
 
-    The file is replaced even when nothing changes in it: servers look at its time.
+    The repository is locked by the caller.
+
+    Raises:
+        ExportError: it cannot be written.
     """
+    names = _listed(repository)
+    _write_index(repository, names if name in names else [*names, name])
+
+
+def remove_pipeline(repository: Path, name: str) -> tuple[str, ...]:
+    """Take a pipeline out of the index and its folders out of the repository.
+
+    Returns:
+        The folders that were removed.
+
+    Raises:
+        ExportError: there is no such pipeline, or the repository cannot be written.
+    """
+    if not repository.is_dir():
+        raise ExportError(f"--remove {name}: there is no repository {repository}.")
+    with open_scratch(repository) as folder, lock_repository(repository):
+        names = _listed(repository)
+        denoiser = f"{name}_{DENOISER}"
+        stamp = read_stamp(repository, denoiser) if _is_plain(name) else None
+        if name not in names and stamp is None:
+            known = f"it has {', '.join(names)}" if names else "it has none"
+            raise ExportError(f"--remove {name}: {repository} has no such pipeline; {known}.")
+        own = {f"{name}_{part}" for part in COMPONENTS} if stamp is None else {*stamp.models}
+        models = _folders(repository, own)
+        _write_index(repository, [other for other in names if other != name])
+        with explained(repository):
+            clear_dead(repository)
+            swap_folders(folder, repository, new=(), gone=models)
+    return tuple(models)
+
+
+def _listed(repository: Path) -> list[str]:
     try:
-        names = read_index(repository)
-    except (ModelError, KeyError):
-        names = []
-    if name not in names:
-        names.append(name)
-    draft = repository / f"{INDEX_NAME}.draft"
-    draft.write_text(json.dumps({"models": names}, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, repository / INDEX_NAME)
+        return read_index(repository)
+    except ModelError:
+        return []
+
+
+def _write_index(repository: Path, names: Sequence[str]) -> None:
+    text = json.dumps({"models": list(names)}, indent=1) + "\n"
+    with explained(repository):
+        replace_file(repository / INDEX_NAME, text.encode())
+
+
+def _folders(repository: Path, names: set[str]) -> list[str]:
+    """Those names that are folders of the repository; a damaged stamp may hold anything."""
+    return sorted(name for name in names if _is_plain(name) and (repository / name).is_dir())
+
+
+def _is_plain(name: str) -> bool:
+    """Whether this may be the name of an export's folder."""
+    return Path(name).name == name != "" and not name.startswith(".") and name not in HOSTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

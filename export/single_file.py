@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import safe_open
 
 from closeup.errors import ExportError
+from export.facts import FOLDER_OPTIONS_NAME
 from export.graphs import quiet_exporters, torch_dtype
 from export.layouts import (
     FLUX_LAYOUT,
@@ -29,9 +29,9 @@ from export.layouts import (
     PipelineLayout,
     layout_of,
 )
-from export.options import FOLDER_OPTIONS_NAME
 from export.pipelines import VAE
 from export.precisions import Precision
+from export.scratch import open_scratch
 
 _LAYOUTS: Mapping[str, PipelineLayout] = {"v1": SD15_LAYOUT, "xl": SDXL_LAYOUT, "flux": FLUX_LAYOUT}
 
@@ -48,15 +48,15 @@ def converted_folder(
             but the transformer; None: diffusers fetches the configs from the hub.
         precision: of the denoiser.
         others: of the text encoders.
-        beside: the folder is made on the file system of this one.
+        beside: the repository; the folder lies where its exports work.
 
     Raises:
-        ExportError: no checkpoint of a known family, or its configs cannot be had.
+        ExportError: no checkpoint of a known family, its configs cannot be had, or the repository
+            cannot be written.
     """
-    beside.mkdir(parents=True, exist_ok=True)
-    parent = beside.resolve().parent
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=parent) as name:
-        folder = Path(name)
+    with open_scratch(beside) as scratch:
+        folder = scratch / "pipeline"
+        folder.mkdir()
         try:
             with quiet_exporters():
                 _convert(path, config, torch_dtype(precision), torch_dtype(others), folder)

@@ -170,7 +170,10 @@ def load_upscaler(path: Path) -> LoadedUpscaler:
         weights = strip_prefix(load_file(path))
     except (SafetensorError, OSError) as error:
         raise ExportError(f"{path} cannot be read as safetensors: {error}") from error
-    network = network_from_weights(weights, path)
+    try:
+        network = network_from_weights(weights, path)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ExportError(f"{path} has weights of other names or shapes: {error}.") from error
     if network is None:
         return _spandrel_upscaler(path)
     # The compact network works at low resolution throughout; RRDB's last layers hold all features

@@ -27,15 +27,9 @@ from export.__main__ import main, parse_options
 from export.config import TritonConfig, config_text
 from export.detector import OUTPUT_NAMES, FaceDetector, save_face_detector
 from export.exporting import export_face_detector
+from export.facts import ModelFacts, face_facts, read_folder_facts
 from export.graphs import Graph, GraphTensor, check_graph, normal_inputs, open_session, write_graph
-from export.options import (
-    ModelFacts,
-    check_options,
-    face_facts,
-    hash_file,
-    pipeline_fingerprint,
-    read_folder_facts,
-)
+from export.options import check_options, hash_file, pipeline_fingerprint
 from export.repository import add_to_index, is_unchanged
 from tests.tiny_pipelines import write_tiny_pipeline, write_tiny_upscaler
 

@@ -24,10 +24,10 @@ from closeup.manifest import ModelManifest, read_models
 from closeup.tokens import PromptTokenizer
 from export import graphs, parts
 from export.__main__ import main, parse_options
+from export.facts import ModelFacts
 from export.graphs import open_session
 from export.layouts import FLUX_LAYOUT, SD15_LAYOUT, SDXL_LAYOUT, layout_of
 from export.options import (
-    ModelFacts,
     hash_file,
     pipeline_fingerprint,
     resolve_folder,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from closeup.errors import ExportError
-from export import exporting
+from export import exporting, single_file
 from export.__main__ import main, parse_options, run_export
+from export.facts import ModelFacts
 from export.layouts import SD15_LAYOUT, layout_of
-from export.options import ModelFacts, pipeline_fingerprint
+from export.options import pipeline_fingerprint
 from export.pipelines import load_component
 from export.precisions import Precision
 from export.single_file import converted_folder, family_of_file
@@ -60,6 +63,28 @@ def test_converted_folder_has_the_weights_of_the_file(
         for name in ("scheduler/scheduler_config.json", "tokenizer/vocab.json", "closeup.json"):
             assert (folder / name).is_file()
     assert not folder.exists()
+
+
+def test_converted_folder_of_a_killed_export_is_cleared_by_the_next(
+    checkpoint: Path, configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(single_file, "_convert", lambda *given: None)
+    repository = tmp_path / "repository"
+
+    def open_folder() -> AbstractContextManager[Path]:
+        return converted_folder(checkpoint, configs, Precision.FP32, Precision.FP32, repository)
+
+    child = os.fork()
+    if not child:
+        manager = open_folder()
+        manager.__enter__()
+        os._exit(0)  # as a kill: nothing is cleaned up
+    os.waitpid(child, 0)
+    (left,) = tmp_path.glob(".repository-*")
+    with open_folder() as folder:
+        assert not left.exists()
+        assert folder.is_dir()
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_export_takes_a_checkpoint_and_its_configs(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from closeup.errors import ModelError
 from closeup.manifest import (
@@ -19,6 +21,7 @@ from closeup.manifest import (
 from closeup.tokens import PromptTokenizer
 
 _LOGGER = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Repository:
@@ -34,8 +37,7 @@ class Repository:
         self._tokenizers: dict[str, tuple[PromptTokenizer, ...]] = {}
         with suppress(ModelError):
             self.models()
-        with suppress(ModelError):
-            _ = self.upscaler, self.face_detector
+        _ = self.upscaler, self.face_detector
 
     def models(self) -> dict[str, ModelManifest]:
         """Return the pipelines by name, the default first.
@@ -66,10 +68,19 @@ class Repository:
 
     @cached_property
     def upscaler(self) -> UpscalerManifest | None:
-        """The super-resolution model's manifest, if there is one."""
-        return read_upscaler(self._folder)
+        """The super-resolution model's manifest, if there is one that can be read."""
+        return _readable(read_upscaler, self._folder)
 
     @cached_property
     def face_detector(self) -> FaceDetectorManifest | None:
-        """The face detector's manifest, if there is one."""
-        return read_face_detector(self._folder)
+        """The face detector's manifest, if there is one that can be read."""
+        return _readable(read_face_detector, self._folder)
+
+
+def _readable(read: Callable[[Path], T | None], folder: Path) -> T | None:
+    """What can be read; a damaged one is told of in the log and is as good as none."""
+    try:
+        return read(folder)
+    except ModelError as error:
+        _LOGGER.error("%s", error)
+        return None

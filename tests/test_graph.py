@@ -638,6 +638,20 @@ def test_what_is_served_stays_when_an_export_comes_later(folder: Path, tmp_path:
     assert Repository(served).upscaler is None
 
 
+def test_requests_without_super_resolution_are_served_when_the_upscaler_is_damaged(
+    folder: Path, tmp_path: Path
+) -> None:
+    served = shutil.copytree(folder, tmp_path / "served")
+    (served / "upscaler" / "manifest.json").write_text("{", encoding="utf-8")
+    toy = ToyModels(served)
+    try:
+        assert_picture(toy.paint(**FIELDS)[1].pictures[0], (SIDE, SIDE))
+        with pytest.raises(RequestError, match="super_resolution: this server has no upscaler"):
+            toy.paint(**FIELDS, super_resolution=True)
+    finally:
+        toy.close()
+
+
 def test_request_beyond_the_slots_is_refused_before_any_engine_runs(make: Make) -> None:
     toy = make(settings=Settings(slots=2))
     with pytest.raises(RequestError, match="num_images: got 3; this server works on 1 to 2"):

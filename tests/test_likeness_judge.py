@@ -260,12 +260,17 @@ def test_drawings_keep_their_attributes_when_nothing_happens_on_the_way(judge: J
     kept = judge_drawings(judge, prompts, lambda pixels: pixels)
     gone = judge_drawings(judge, prompts, np.zeros_like)
     near = [framing for framing in Framing if framing is not Framing.FULL]
-    named = sum(kept[framing][1] for framing in near)
+    named = sum(kept[framing].named for framing in near)
     assert named > 30
-    assert sum(kept[framing][0] for framing in near) >= 0.95 * named
-    assert sum(gone[framing][0] for framing in near) == 0
-    assert sum(n for _, n in kept.values()) == sum(len(p.truth) for q in prompts for p in q.people)
-    assert limits_section(gone).rows[-1] == ("half and closer", "0.0%", str(named))
+    assert sum(kept[framing].right for framing in near) >= 0.95 * named
+    assert sum(gone[framing].right for framing in near) == 0
+    everything = sum(len(person.truth) for prompt in prompts for person in prompt.people)
+    assert sum(drawn.named for drawn in kept.values()) == everything
+    faces = sum(kept[framing].faces for framing in near)
+    assert faces >= 8
+    # The world's eyes are pairs; the judge is right on 97.5 % of held-out ones.
+    assert sum(kept[framing].pairs for framing in near) >= faces - 1
+    assert limits_section(gone).rows[-1][:3] == ("half and closer", "0.0%", str(named))
 
 
 # --------------------------------------------------------------------------------------- losses

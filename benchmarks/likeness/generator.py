@@ -49,6 +49,31 @@ class Painted:
         return right, sum(len(person.truth) for person, _ in self.people)
 
 
+@dataclass(kw_only=True, slots=True)
+class Drawn:
+    """What the judge sees in the drawings of one framing.
+
+    Attributes:
+        right: attributes right.
+        named: attributes named by the captions.
+        faces: faces looked at.
+        pairs: faces whose eyes are a pair.
+    """
+
+    right: int = 0
+    named: int = 0
+    faces: int = 0
+    pairs: int = 0
+
+    def __add__(self, other: Drawn) -> Drawn:
+        return Drawn(
+            right=self.right + other.right,
+            named=self.named + other.named,
+            faces=self.faces + other.faces,
+            pairs=self.pairs + other.pairs,
+        )
+
+
 def held_out_prompts(count: int) -> list[Prompt]:
     """Return the captions of `demo.sample.held_out_captions`, with what they name."""
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + count)
@@ -73,42 +98,49 @@ def judge_pictures(studio: Studio, judge: Judge, prompts: Sequence[Prompt]) -> l
 
 def judge_drawings(
     judge: Judge, prompts: Sequence[Prompt], pass_through: Callable[[Pixels], Pixels]
-) -> dict[Framing, tuple[int, int]]:
+) -> dict[Framing, Drawn]:
     """Judge what would be left of the prompts' scenes if the generator drew them like the world.
 
     Args:
         judge: says what is seen.
         prompts: of `held_out_prompts`.
         pass_through: (N, S, S, 3) uint8 through the autoencoder and back.
-
-    Returns:
-        Framing -> attributes right, attributes named.
     """
     drawn = [draw_scene(sample_scene(prompt.seed), size=NATIVE_PX) for prompt in prompts]
     decoded = pass_through(np.stack([picture.pixels for picture in drawn]))
-    counts: dict[Framing, tuple[int, int]] = dict.fromkeys(Framing, (0, 0))
+    counts = {framing: Drawn() for framing in Framing}
     for prompt, picture, pixels in zip(prompts, drawn, decoded, strict=True):
-        right, named = counts[prompt.framing]
-        named += sum(len(person.truth) for person in prompt.people)
+        count = counts[prompt.framing]
+        count.named += sum(len(person.truth) for person in prompt.people)
         for face in picture.faces:
             reading = judge.look([cut_face(pixels, face.box)])[0]
-            right += sum(reading.right(prompt.people[face.person].truth).values())
-        counts[prompt.framing] = (right, named)
+            count.right += sum(reading.right(prompt.people[face.person].truth).values())
+            count.faces += 1
+            count.pairs += reading.eyes_match >= PAIR_FROM
     return counts
 
 
-def limits_section(counts: Mapping[Framing, tuple[int, int]]) -> Section:
+def limits_section(counts: Mapping[Framing, Drawn]) -> Section:
     """Return the table of what the autoencoder leaves of drawings."""
     near = [counts[framing] for framing in Framing if framing is not Framing.FULL]
-    rows = [*((framing.value, *counts[framing]) for framing in Framing),
-            ("half and closer", sum(r for r, _ in near), sum(n for _, n in near))]  # fmt: skip
+    rows = [*((framing.value, counts[framing]) for framing in Framing),
+            ("half and closer", sum(near, Drawn()))]  # fmt: skip
     return Section(
         title="The same scenes drawn, and passed through the autoencoder",
-        columns=("framing", "attributes right", "named"),
-        rows=tuple((name, f"{right / named:.1%}", str(named)) for name, right, named in rows
-                   if named),
+        columns=("framing", "attributes right", "named", "eyes a pair", "faces"),
+        rows=tuple(
+            (
+                name,
+                f"{count.right / count.named:.1%}",
+                str(count.named),
+                f"{count.pairs / count.faces:.1%}" if count.faces else "-",
+                str(count.faces),
+            )
+            for name, count in rows
+            if count.named
+        ),
         notes=("A generator that drew like the world could have no more right.",),
-    )  # fmt: skip
+    )
 
 
 def generator_section(painted: Sequence[Painted]) -> Section:

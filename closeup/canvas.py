@@ -105,8 +105,9 @@ def picture_size(
             int(options.get(name, side)) for name, side in zip(SIDE_FIELDS, usual, strict=True)
         ]
     elif given:
+        assert ratio is not None  # else the branch above
         side = int(options[given[0]])
-        sides = (side, side / ratio) if given == ["w"] else (side * ratio, side)  # type: ignore[operator]
+        sides = (side, side / ratio) if given == ["w"] else (side * ratio, side)
     else:
         across, down = image or usual
         shape = across / down if ratio is None else ratio

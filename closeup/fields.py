@@ -161,8 +161,8 @@ FIELDS: tuple[Field, ...] = (
     Field(name="face_prompt", kind=Kind.STRING, default="`prompt` and the model's suffix",
           minimum=1, maximum=MAX_PROMPT_CHARACTERS,
           doc="Prompt of the face pass; several with `[SEP]` between them go one to each repainted "
-          "face in `face_order`, the last one to all that follow, an empty one is the default; at most "
-          "`max_faces` of them."),
+          "face in `face_order`, the last one to all that follow, an empty one is the default; at "
+          "most `max_faces` of them."),
     Field(name="face_denoising_strength", kind=Kind.FLOAT, default="0.65 to 0.45, by face size",
           minimum=0, maximum=1,
           doc="How much a face is repainted, lost ones more if the model says so; also "

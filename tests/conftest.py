@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.paths import ROOT
+
+if TYPE_CHECKING:
+    from tests.toy_models import ToyModels
+    from tests.toy_requests import MakeToy
 
 
 def _export_once(folder: Path) -> Path:
@@ -44,3 +50,33 @@ def demo_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shared / "demo_export"
     folder.mkdir(exist_ok=True)
     return _export_once(folder)
+
+
+@pytest.fixture(scope="session")
+def toy_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy pipeline's repository; for reading only."""
+    from tests.toy_models import write_toy_repository
+
+    return write_toy_repository(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def make_toy(toy_repository: Path) -> Iterator[MakeToy]:
+    """Open `ToyModels` with the options given; they are closed after the test."""
+    from tests.toy_models import ToyModels
+
+    made: list[ToyModels] = []
+
+    def open_models(**options: Any) -> ToyModels:
+        made.append(ToyModels(toy_repository, **options))
+        return made[-1]
+
+    yield open_models
+    for models in made:
+        models.close()
+
+
+@pytest.fixture
+def toy(make_toy: MakeToy) -> ToyModels:
+    """The toy pipeline as it comes: no faces, no faults."""
+    return make_toy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,38 +24,8 @@ from closeup.repository import Repository
 from closeup.run import Array, Progress, Run
 from closeup.settings import Settings
 from tests.drawn_faces import make_face
-from tests.toy_models import Outputs, Pixels, ToyModels, png, waves, write_toy_repository
-
-SIDE, FACTOR, SEED, STEPS = 128, 4, 7, 6
-FIELDS: Mapping[str, Any] = {
-    "prompt": "word5 word9 word20", "negative_prompt": "word30", "steps": STEPS, "cfg_scale": 3.0,
-    "scheduler": "euler_a", "w": SIDE, "h": SIDE, "seed": SEED,
-}  # fmt: skip
-FACES = {**FIELDS, "inpaint_faces": True, "stages": True}
-Make = Callable[..., ToyModels]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy_repository(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture
-def make(folder: Path) -> Iterator[Make]:
-    made: list[ToyModels] = []
-
-    def open_models(**options: Any) -> ToyModels:
-        made.append(ToyModels(folder, **options))
-        return made[-1]
-
-    yield open_models
-    for models in made:
-        models.close()
-
-
-@pytest.fixture
-def toy(make: Make) -> ToyModels:
-    return make()
+from tests.toy_models import Outputs, Pixels, ToyModels, png, waves
+from tests.toy_requests import FACES, FACTOR, FIELDS, GRID, SEED, SIDE, STEPS, MakeToy
 
 
 def assert_picture(pixels: Pixels, size: tuple[int, int]) -> None:
@@ -99,7 +69,6 @@ def under_masks(plans: list[FacePlan]) -> Any:
 
 #: Of these hires_fix paints fewer pixels than the face pass does.
 SMALL = [make_face(30, 30, 5), make_face(90, 90, 6)]
-GRID = [make_face(11 + 21 * i, 13 + 25 * j, 14.0) for i in range(6) for j in range(5)]
 SCENES: Mapping[str, tuple[list[Face], int]] = {  # faces, and how many of them are repainted
     "one": ([make_face(60, 50, 24)], 1),
     "tilted": ([make_face(60, 50, 24, tilt_deg=35)], 1),
@@ -118,9 +87,9 @@ SCENES: Mapping[str, tuple[list[Face], int]] = {  # faces, and how many of them 
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_faces_change_and_every_other_byte_stays(make: Make, scene: str) -> None:
+def test_faces_change_and_every_other_byte_stays(make_toy: MakeToy, scene: str) -> None:
     faces, repainted = SCENES[scene]
-    toy = make(faces=faces, call_s=0.0)
+    toy = make_toy(faces=faces, call_s=0.0)
     run, outcome, _ = toy.paint(**FACES)
     before, after = outcome.stages["super_resolution"][0], outcome.pictures[0]
     assert_picture(after, (SIDE * FACTOR, SIDE * FACTOR))
@@ -155,8 +124,8 @@ def near_faces(reports: list[dict[str, Any]]) -> Any:
     return near
 
 
-def test_huge_face_is_skipped_with_its_reason(make: Make) -> None:
-    _, outcome, _ = make(faces=SCENES["huge"][0]).paint(**FACES)
+def test_huge_face_is_skipped_with_its_reason(make_toy: MakeToy) -> None:
+    _, outcome, _ = make_toy(faces=SCENES["huge"][0]).paint(**FACES)
     (report,) = outcome.faces[0]
     assert report["action"] == "skip"
     assert "add no detail" in report["reason"]
@@ -171,15 +140,15 @@ def test_picture_without_faces_is_the_super_resolved_one(toy: ToyModels) -> None
     assert run.usage == {"inference_cycles": 1, "denoiser_steps": STEPS, "faces_repainted": 0}
 
 
-def test_face_strength_zero_changes_nothing(make: Make) -> None:
-    toy = make(faces=SCENES["one"][0])
+def test_face_strength_zero_changes_nothing(make_toy: MakeToy) -> None:
+    toy = make_toy(faces=SCENES["one"][0])
     _, outcome, _ = toy.paint(**FACES, face_denoising_strength=0.0)
     assert np.array_equal(outcome.pictures[0], outcome.stages["super_resolution"][0])
     assert outcome.faces[0][0]["reason"] == "Strength 0 changes nothing."
 
 
-def test_stages_run_in_order_and_leave_their_pictures(make: Make) -> None:
-    toy = make(faces=SMALL)
+def test_stages_run_in_order_and_leave_their_pictures(make_toy: MakeToy) -> None:
+    toy = make_toy(faces=SMALL)
     run, outcome, _ = toy.paint(**FACES, hires_fix=True)
     order = ["encode", "generate", "super_resolution", "hires_fix", "detect", "faces"]
     assert list(run.timings_ms) == order
@@ -206,9 +175,9 @@ def test_stages_run_in_order_and_leave_their_pictures(make: Make) -> None:
 
 
 def test_faces_are_those_of_the_repainted_picture_when_hires_fix_has_repainted_it(
-    make: Make,
+    make_toy: MakeToy,
 ) -> None:
-    toy = make(faces=SCENES["one"][0])
+    toy = make_toy(faces=SCENES["one"][0])
     looked_at: list[Array] = []
 
     def keep(inputs: Mapping[str, Array], outputs: Outputs) -> Outputs:
@@ -245,9 +214,9 @@ def test_denoising_strength_zero_returns_the_input(toy: ToyModels) -> None:
 
 @pytest.mark.parametrize("size", [(128, 128), (61, 83)])
 def test_only_upscale_enlarges_the_input_and_repaints_its_faces(
-    make: Make, size: tuple[int, int]
+    make_toy: MakeToy, size: tuple[int, int]
 ) -> None:
-    toy = make()
+    toy = make_toy()
     picture = waves(*size)
     run, outcome, _ = toy.paint(
         prompt="word5", steps=4, only_upscale=True, inpaint_faces=True, input_image=png(picture)
@@ -269,8 +238,8 @@ def test_hires_fix_keeps_the_size_when_the_picture_is_of_any_size(
     assert (outcome.pictures[0] != outcome.stages["super_resolution"][0]).mean() > 0.2
 
 
-def test_each_picture_of_a_request_is_that_of_its_seed(make: Make) -> None:
-    toy = make(faces=SCENES["one"][0])
+def test_each_picture_of_a_request_is_that_of_its_seed(make_toy: MakeToy) -> None:
+    toy = make_toy(faces=SCENES["one"][0])
     run, outcome, _ = toy.paint(**{**FACES, "seed": 2**32 - 2, "num_images": 3})
     assert run.request.seeds == [2**32 - 2, 2**32 - 1, 0]
     for seed, pixels in zip(run.request.seeds, outcome.pictures, strict=True):
@@ -279,8 +248,8 @@ def test_each_picture_of_a_request_is_that_of_its_seed(make: Make) -> None:
     assert not np.array_equal(outcome.pictures[0], outcome.pictures[1])
 
 
-def test_same_seed_gives_the_same_bytes_and_another_seed_another_face(make: Make) -> None:
-    toy = make(faces=SCENES["one"][0])
+def test_same_seed_gives_the_same_bytes_and_another_seed_another_face(make_toy: MakeToy) -> None:
+    toy = make_toy(faces=SCENES["one"][0])
     fields = {**FACES, "input_image": png(waves(SIDE, SIDE)), "denoising_strength": 0.0}
     first, second, other = (
         toy.paint(**{**fields, "seed": seed})[1] for seed in (SEED, SEED, SEED + 1)
@@ -295,9 +264,9 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_another_face(make: Make
     assert (face != other_face).mean() > 0.5
 
 
-def test_max_faces_repaints_the_largest(make: Make) -> None:
+def test_max_faces_repaints_the_largest(make_toy: MakeToy) -> None:
     faces = [make_face(30, 30, 16), make_face(90, 30, 24), make_face(30, 90, 20)]
-    run, outcome, _ = make(faces=faces).paint(**FACES, max_faces=2)
+    run, outcome, _ = make_toy(faces=faces).paint(**FACES, max_faces=2)
     assert [report["action"] for report in outcome.faces[0]] == ["repaint", "repaint", "skip"]
     assert "max_faces=2" in outcome.faces[0][2]["reason"]
     sides = [report["box"][3] - report["box"][1] for report in outcome.faces[0]]
@@ -305,8 +274,8 @@ def test_max_faces_repaints_the_largest(make: Make) -> None:
     assert run.usage["faces_repainted"] == 2
 
 
-def test_usage_counts_cycles_steps_and_faces(make: Make) -> None:
-    toy = make(faces=SMALL)
+def test_usage_counts_cycles_steps_and_faces(make_toy: MakeToy) -> None:
+    toy = make_toy(faces=SMALL)
     before = toy.denoiser().counters.sequence_steps
     run, outcome, _ = toy.paint(**FACES, num_images=2, face_denoising_strength=0.5, hires_fix=True)
     hires = int(STEPS * 0.3)
@@ -319,8 +288,8 @@ def test_usage_counts_cycles_steps_and_faces(make: Make) -> None:
     assert toy.denoiser().counters.sequence_steps - before == run.usage["denoiser_steps"]
 
 
-def test_faces_of_a_picture_share_engine_calls(make: Make) -> None:
-    toy = make(faces=GRID[:8])
+def test_faces_of_a_picture_share_engine_calls(make_toy: MakeToy) -> None:
+    toy = make_toy(faces=GRID[:8])
     toy.paint(**{**FACES, "stages": False}, face_denoising_strength=0.5)  # opens the engine
     counters = toy.denoiser().counters
     calls, steps = counters.engine_calls, counters.sequence_steps
@@ -350,26 +319,10 @@ def test_long_prompt_is_cut_with_a_warning(toy: ToyModels) -> None:
     ]
 
 
-def test_face_prompt_keeps_the_models_suffix_when_the_prompt_is_cut(toy: ToyModels) -> None:
-    read: list[Any] = []
-
-    def keep_ids(inputs: Mapping[str, Array], outputs: Outputs) -> Outputs:
-        read.append(inputs["input_ids"])
-        return outputs
-
-    toy.faults["toy_text_encoder"] = keep_ids
-    suffix = [5, 6, 7]  # write_toy_repository's
-    for words in (4, 72, 73, 90):
-        run, _, _ = toy.paint(**{**FIELDS, "prompt": "word4 " * words}, inpaint_faces=True)
-        _, prompt, face = read[-1].tolist()
-        kept = min(words, 75 - len(suffix))
-        assert face[: kept + 5] == [1, *[4] * kept, *suffix, 2]
-        assert prompt[1:76].count(4) == min(words, 75)
-        assert len(run.warnings) == (words > 75)
-
-
-def test_face_steps_and_strength_say_how_many_run_when_a_face_is_repainted(make: Make) -> None:
-    toy = make(faces=GRID[:1])
+def test_face_steps_and_strength_say_how_many_run_when_a_face_is_repainted(
+    make_toy: MakeToy,
+) -> None:
+    toy = make_toy(faces=GRID[:1])
     for face_steps, strength, expected in ((10, 0.5, 5), (3, 0.9, 2), (STEPS, 1.0, STEPS)):
         run, outcome, _ = toy.paint(
             **FACES, face_steps=face_steps, face_denoising_strength=strength
@@ -380,54 +333,8 @@ def test_face_steps_and_strength_say_how_many_run_when_a_face_is_repainted(make:
     assert outcome.faces[0][0]["reason"] == "Its strength times face_steps is below one step."
 
 
-def _fingerprints(toy: ToyModels, **fields: Any) -> list[bytes]:
-    """What the middles of three faces were repainted to, from left to right."""
-    run, outcome, _ = toy.paint(**FACES, face_denoising_strength=0.9, **fields)
-    assert all(sentence.startswith("face_prompt holds") for sentence in run.warnings)
-    reports = sorted(outcome.faces[0], key=lambda report: float(report["box"][0]))
-    middles = [np.add(report["box"][:2], report["box"][2:]) / 2 for report in reports]
-    return [
-        outcome.pictures[0][int(y) - 4 : int(y) + 4, int(x) - 4 : int(x) + 4].tobytes()
-        for x, y in middles
-    ]
-
-
-def test_faces_take_their_own_prompt_from_left_to_right_when_several_are_given(make: Make) -> None:
-    toy = make(faces=GRID[:15:5])
-    one, two, usual = (
-        _fingerprints(toy, **fields)
-        for fields in ({"face_prompt": "word9"}, {"face_prompt": "word3 word20"}, {})
-    )
-    assert len({*one, *two, *usual}) == 9
-    mixed = _fingerprints(toy, face_prompt="word9 [SEP] word3 word20 [SEP] word9")
-    assert mixed == [one[0], two[1], one[2]]
-    # The last one serves those that follow; an empty one is the usual prompt.
-    assert _fingerprints(toy, face_prompt="word9[SEP]word3 word20") == [one[0], two[1], two[2]]
-    assert _fingerprints(toy, face_prompt=" [SEP] word9") == [usual[0], one[1], one[2]]
-    # The order asked for wins: by area the same faces come in another order or in this one.
-    ordered = _fingerprints(toy, face_prompt="word9[SEP]word9[SEP]word9", face_order="area")
-    assert ordered == one
-
-
-def test_many_face_prompts_are_encoded_in_calls_that_every_engine_takes(make: Make) -> None:
-    toy = make(faces=GRID[:15:5])
-    rows: list[int] = []
-
-    def count_rows(inputs: Mapping[str, Array], outputs: Outputs) -> Outputs:
-        rows.append(len(inputs["input_ids"]))
-        return outputs
-
-    toy.faults["toy_text_encoder"] = count_rows
-    few = _fingerprints(toy, face_prompt="word9[SEP]word3[SEP]word5")
-    rows.clear()
-    unused = [" ".join(["word8"] * count) for count in range(1, 21)]
-    many = _fingerprints(toy, face_prompt="[SEP]".join(["word9", "word3", "word5"] + unused))
-    assert rows == [12, 12, 1]
-    assert many == few
-
-
-def test_progress_is_monotone_and_complete(make: Make) -> None:
-    toy = make(faces=SMALL)
+def test_progress_is_monotone_and_complete(make_toy: MakeToy) -> None:
+    toy = make_toy(faces=SMALL)
     run, _, events = toy.paint(**FACES, num_images=2, hires_fix=True)
     by_stage: dict[str, list[Progress]] = {}
     for event in events:
@@ -448,17 +355,19 @@ def test_progress_is_monotone_and_complete(make: Make) -> None:
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_picture_is_the_same_when_time_cuts_its_segments_short(make: Make, mask: bool) -> None:
+def test_picture_is_the_same_when_time_cuts_its_segments_short(
+    make_toy: MakeToy, mask: bool
+) -> None:
     fields = {**FIELDS, "steps": 30}
     if mask:
         half = np.zeros((SIDE, SIDE, 3), np.uint8)
         half[:, SIDE // 2 :] = 255
         fields |= {"input_image": png(waves(SIDE, SIDE)), "mask_image": png(half)}
-    whole = make(settings=Settings(segment_steps=50), call_s=0.0)
+    whole = make_toy(settings=Settings(segment_steps=50), call_s=0.0)
     expected = whole.paint(**fields)[1].pictures[0]
     assert whole.count("toy_denoiser", "segment") == 1
     # Each of the 30 or 24 calls takes 30 ms, so the 0.4 s of a segment end after 14 or sooner.
-    slow = make(settings=Settings(), call_s=0.03)
+    slow = make_toy(settings=Settings(), call_s=0.03)
     run, outcome, events = slow.paint(**fields)
     np.testing.assert_array_equal(outcome.pictures[0], expected)
     assert 2 <= slow.count("toy_denoiser", "segment") <= 24
@@ -471,16 +380,16 @@ def test_picture_is_the_same_when_time_cuts_its_segments_short(make: Make, mask:
     assert told[-1] == steps
 
 
-def test_segments_carry_bounded_noise_when_latents_are_large(make: Make) -> None:
-    run = make().start(make().resolve(**FIELDS))
+def test_segments_carry_bounded_noise_when_latents_are_large(make_toy: MakeToy) -> None:
+    run = make_toy().start(make_toy().resolve(**FIELDS))
     run.segment_steps = None
     assert run.segment_length(1 << 20) == 4  # 4 MiB
     assert run.segment_length(5 << 20) == 1
     assert run.segment_length(0) > 50
 
 
-def test_ticket_is_back_when_a_request_has_its_pictures(make: Make) -> None:
-    toy = make()
+def test_ticket_is_back_when_a_request_has_its_pictures(make_toy: MakeToy) -> None:
+    toy = make_toy()
     toy.paint(**FIELDS)
     assert toy.denoiser().slots_in_use == 0
     assert toy.count("toy_denoiser", "release") == toy.count("toy_denoiser", "acquire") == 1
@@ -515,8 +424,10 @@ class Stop:
     [("encode", 0), ("generate", 4), ("super_resolution", 1), ("hires_fix", 0), ("detect", 0),
      ("faces", 0)],
 )  # fmt: skip
-def test_cancelled_request_stops_within_one_segment(make: Make, stage: str, step: int) -> None:
-    toy = make(faces=SMALL)
+def test_cancelled_request_stops_within_one_segment(
+    make_toy: MakeToy, stage: str, step: int
+) -> None:
+    toy = make_toy(faces=SMALL)
     stop = Stop(stage, step, RequestCancelled("the client went away."))
     request = toy.resolve(**{**FACES, "steps": 40, "hires_fix": True})
     run = toy.start(request, report=stop.report, check=stop.check)
@@ -534,8 +445,8 @@ def test_cancelled_request_stops_within_one_segment(make: Make, stage: str, step
     assert_picture(toy.paint(**FIELDS)[1].pictures[0], (SIDE, SIDE))
 
 
-def test_cancelled_task_takes_its_sequence_out_of_the_batch(make: Make) -> None:
-    toy = make(call_s=0.05)
+def test_cancelled_task_takes_its_sequence_out_of_the_batch(make_toy: MakeToy) -> None:
+    toy = make_toy(call_s=0.05)
     request = toy.resolve(**{**FIELDS, "steps": 40, "num_images": 2})
 
     async def cancel_soon() -> None:
@@ -575,24 +486,24 @@ def spoil(name: str, value: float, after: int = 0) -> Callable[[Any, Outputs], O
      ("toy_text_encoder", "context")],
 )  # fmt: skip
 def test_network_output_that_is_not_finite_is_an_error(
-    make: Make, model: str, output: str, value: float
+    make_toy: MakeToy, model: str, output: str, value: float
 ) -> None:
-    toy = make(faces=SCENES["one"][0])
+    toy = make_toy(faces=SCENES["one"][0])
     toy.faults[model] = spoil(output, value)
     with pytest.raises(ModelError, match=r"not finite|no longer finite|not numbers"):
         toy.paint(**FACES)
     assert toy.denoiser().slots_in_use == 0
 
 
-def test_broken_face_patch_is_an_error_and_no_black_square(make: Make) -> None:
-    toy = make(faces=SCENES["one"][0])
+def test_broken_face_patch_is_an_error_and_no_black_square(make_toy: MakeToy) -> None:
+    toy = make_toy(faces=SCENES["one"][0])
     toy.faults["toy_vae_decoder"] = spoil("image", np.nan, after=1)  # the second is the face's
     with pytest.raises(ModelError):
         toy.paint(**FACES)
 
 
-def test_error_in_one_picture_stops_its_mates(make: Make) -> None:
-    toy = make()
+def test_error_in_one_picture_stops_its_mates(make_toy: MakeToy) -> None:
+    toy = make_toy()
 
     answered = []
 
@@ -613,8 +524,10 @@ def test_error_in_one_picture_stops_its_mates(make: Make) -> None:
     assert toy.denoiser().slots_in_use == 0
 
 
-def test_the_first_error_is_told_when_the_ticket_cannot_be_returned_either(make: Make) -> None:
-    toy = make()
+def test_the_first_error_is_told_when_the_ticket_cannot_be_returned_either(
+    make_toy: MakeToy,
+) -> None:
+    toy = make_toy()
 
     def fail_release(inputs: Mapping[str, Array], outputs: Outputs) -> Outputs:
         if inputs["operation"][0] == b"release":
@@ -627,8 +540,10 @@ def test_the_first_error_is_told_when_the_ticket_cannot_be_returned_either(make:
         toy.paint(**FIELDS)
 
 
-def test_what_is_served_stays_when_an_export_comes_later(folder: Path, tmp_path: Path) -> None:
-    served = shutil.copytree(folder, tmp_path / "served")
+def test_what_is_served_stays_when_an_export_comes_later(
+    toy_repository: Path, tmp_path: Path
+) -> None:
+    served = shutil.copytree(toy_repository, tmp_path / "served")
     repository = Repository(served)
     (served / "models.json").write_text(json.dumps({"models": []}), encoding="utf-8")
     shutil.rmtree(served / "upscaler")
@@ -639,9 +554,9 @@ def test_what_is_served_stays_when_an_export_comes_later(folder: Path, tmp_path:
 
 
 def test_requests_without_super_resolution_are_served_when_the_upscaler_is_damaged(
-    folder: Path, tmp_path: Path
+    toy_repository: Path, tmp_path: Path
 ) -> None:
-    served = shutil.copytree(folder, tmp_path / "served")
+    served = shutil.copytree(toy_repository, tmp_path / "served")
     (served / "upscaler" / "manifest.json").write_text("{", encoding="utf-8")
     toy = ToyModels(served)
     try:
@@ -652,8 +567,8 @@ def test_requests_without_super_resolution_are_served_when_the_upscaler_is_damag
         toy.close()
 
 
-def test_request_beyond_the_slots_is_refused_before_any_engine_runs(make: Make) -> None:
-    toy = make(settings=Settings(slots=2))
+def test_request_beyond_the_slots_is_refused_before_any_engine_runs(make_toy: MakeToy) -> None:
+    toy = make_toy(settings=Settings(slots=2))
     with pytest.raises(RequestError, match="num_images: got 3; this server works on 1 to 2"):
         toy.paint(**FIELDS, num_images=3)
     assert toy.calls == [("toy_denoiser", "acquire")]
@@ -665,102 +580,3 @@ def test_strength_below_one_step_keeps_the_input_with_a_warning(toy: ToyModels) 
     run, outcome, _ = toy.paint(**FIELDS, input_image=png(picture), denoising_strength=0.1)
     assert np.array_equal(outcome.pictures[0], picture)
     assert len(run.warnings) == 1
-
-
-def test_inpainting_keeps_the_latents_outside_its_mask(toy: ToyModels) -> None:
-    picture = waves(SIDE, SIDE).reshape(16, 8, 16, 8, 3).mean((1, 3)).astype(np.uint8)
-    picture = picture.repeat(8, 0).repeat(8, 1)  # what the toy autoencoder reproduces
-    mask = np.zeros((SIDE, SIDE), np.uint8)
-    mask[32:80, 40:96] = 255
-    _, outcome, _ = toy.paint(
-        **FIELDS, input_image=png(picture), mask_image=png(mask), denoising_strength=0.8
-    )
-    change = np.abs(outcome.pictures[0].astype(int) - picture)
-    # Outside, the toy autoencoder's own loss: 1 % of contrast and its tiny variance.
-    assert change[mask == 0].max() <= 4
-    assert change[mask > 0].mean() > 20
-
-
-def test_nothing_is_painted_when_the_mask_is_black(toy: ToyModels) -> None:
-    picture = waves(SIDE, SIDE)
-    for white in (slice(0, 0), slice(1, 8)):  # nowhere, and in no latent's corner
-        mask = np.zeros((SIDE, SIDE), np.uint8)
-        mask[white, white] = 255
-        run, outcome, _ = toy.paint(**FIELDS, input_image=png(picture), mask_image=png(mask))
-        assert np.array_equal(outcome.pictures[0], picture)
-        assert run.usage["denoiser_steps"] == 0
-        (sentence,) = run.warnings
-        assert sentence.startswith("mask_image has no white area")
-
-
-def test_faces_outside_the_mask_are_left_alone(make: Make) -> None:
-    toy = make(faces=[make_face(40, 50, 20), make_face(100, 50, 20)])
-    mask = np.zeros((SIDE, SIDE), np.uint8)
-    mask[32:80, 16:72] = 255
-    inputs = {"input_image": png(waves(SIDE, SIDE)), "mask_image": png(mask)}
-    _, outcome, _ = toy.paint(**FACES, **inputs)
-    inside, outside = sorted(outcome.faces[0], key=lambda face: face["box"][0])
-    assert inside["action"] == "repaint"
-    assert (outside["action"], outside["reason"]) == ("skip", "It lies outside mask_image.")
-
-
-def test_a_face_changes_inside_the_mask_alone_when_the_mask_cuts_it(make: Make) -> None:
-    toy = make(faces=[make_face(60, 60, 24)])
-    mask = np.zeros((SIDE, SIDE), np.uint8)
-    mask[30:58, 30:90] = 255  # its forehead and eyes
-    inputs = {"input_image": png(waves(SIDE, SIDE)), "mask_image": png(mask)}
-    fields = {**FACES, "face_denoising_strength": 0.9, "denoising_strength": 0.5}
-    _, outcome, _ = toy.paint(**fields, **inputs)
-    assert outcome.faces[0][0]["action"] == "repaint"
-    before, after = outcome.stages["super_resolution"][0], outcome.pictures[0]
-    changed = (before != after).any(-1)
-    allowed = mask.repeat(FACTOR, 0).repeat(FACTOR, 1) > 0
-    assert not changed[~allowed].any()
-    assert changed[allowed].mean() > 0.2
-    # Next to the mask's edge hardly anything: no seam.
-    edge = allowed & ~np.roll(allowed, -1, 0)
-    assert np.abs(before.astype(int) - after)[edge].max() <= 8
-
-
-def test_faces_outside_the_mask_neither_count_nor_measure_the_others(make: Make) -> None:
-    toy = make(faces=[make_face(40, 50, 5), make_face(100, 50, 60)])
-    mask = np.zeros((SIDE, SIDE), np.uint8)
-    mask[32:80, 16:60] = 255
-    inputs = {"input_image": png(waves(SIDE, SIDE)), "mask_image": png(mask)}
-    _, outcome, _ = toy.paint(**FACES, **inputs, max_faces=1)
-    actions = {face["box"][0] < 200: face["action"] for face in outcome.faces[0]}
-    assert actions == {True: "repaint", False: "skip"}
-
-
-def test_client_learns_which_prompt_a_face_got_and_which_were_not_used(make: Make) -> None:
-    toy = make(faces=GRID[:10:5])
-    run, outcome, _ = toy.paint(**FACES, face_prompt="word9[SEP]word3[SEP]word5")
-    by_place = sorted(outcome.faces[0], key=lambda face: float(face["box"][0]))
-    assert [face["prompt"] for face in by_place] == [0, 1]
-    assert run.warnings == [
-        "face_prompt holds 3 prompts, of which 2 were used: no picture has more faces that were "
-        "repainted."
-    ]
-    run, outcome, _ = toy.paint(**FACES, face_prompt="word9", max_faces=1)
-    assert sorted(str(face["prompt"]) for face in outcome.faces[0]) == ["0", "None"]
-    assert run.warnings == []
-
-
-def test_the_picture_under_the_faces_stays_when_face_prompts_are_longer_than_its_own(
-    make: Make,
-) -> None:
-    toy = make(faces=GRID[:2])
-    fields = {**FACES, "use_lpw": True, "prompt": "word5 " * 70}
-    pictures = [
-        toy.paint(**{**fields, "inpaint_faces": faces, "super_resolution": True}, **more)[1]
-        for faces, more in (
-            (False, {}),
-            (True, {}),
-            (True, {"face_prompt": "word9 " * 80}),
-            (True, {"face_prompt": "word9"}),
-        )
-    ]
-    bases = [outcome.stages["generated"][0] for outcome in pictures]
-    for base in bases[1:]:
-        assert np.array_equal(base, bases[0])
-    assert not np.array_equal(pictures[2].pictures[0], pictures[3].pictures[0])

@@ -409,6 +409,17 @@ def test_async_client_raises_the_servers_error_when_refused(
 
 
 @both
+def test_async_stream_fails_when_it_ends_without_a_result(fake: FakeTriton, protocol: str) -> None:
+    async def work() -> None:
+        async with connect_async(fake, protocol) as client:
+            async for event in client.stream(prompt="mute"):
+                assert isinstance(event, Progress)
+
+    with pytest.raises(ServerFailure, match="without a result"):
+        asyncio.run(work())
+
+
+@both
 def test_async_stream_is_cancelled_when_closed(fake: FakeTriton, protocol: str) -> None:
     async def work() -> bool:
         async with connect_async(fake, protocol) as client:

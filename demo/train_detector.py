@@ -10,7 +10,6 @@ not exist are left out.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 import cv2
@@ -19,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from demo.training import CACHE, WEIGHTS, Average, Run, Schedule, add_run_arguments, size_of
+from demo.training import (
+    CACHE,
+    WEIGHTS,
+    Run,
+    Schedule,
+    add_run_arguments,
+    open_run,
+    parse_run_options,
+    size_of,
+    steps_to_take,
+)
 from export.detector import STRIDES, FaceDetector, load_face_detector, save_face_detector
 
 _LEVELS = ((0.0, 40.0), (28.0, 100.0), (76.0, 1e4))
@@ -232,9 +241,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train and export."""
-    options = _parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
+    options = parse_run_options(_parser(), arguments)
     cv2.setNumThreads(1)
     if options.start:
         model = load_face_detector(options.start)
@@ -243,15 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
         model.start_objectness(0.018)
     model = model.to(options.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=1e-3, fused=True)
-    run = Run(
-        folder=options.run,
-        modules={"detector": model},
-        optimizer=optimizer,
-        average=Average(model.parameters(), 0.98),
-        generator=torch.Generator().manual_seed(options.seed),
-    )
-    if options.resume:
-        run.resume()
+    run = open_run(options, modules={"detector": model}, optimizer=optimizer, decay=0.98)
     print(size_of(model), "from step", run.step, flush=True)
     train(run, options)
     save_face_detector(model.eval(), options.out)
@@ -265,17 +264,13 @@ def train(run: Run, options: argparse.Namespace) -> None:
     schedule = Schedule(
         learning_rate=options.learning_rate, steps=options.steps, cooldown=options.steps * 3 // 4
     )
-    end_s = time.monotonic() + 60 * options.minutes
-    while run.step < options.steps and time.monotonic() < end_s:
+    for step in steps_to_take(run, options):
         pictures, rows = samples.draw(options.batch)
         outputs = run.modules["detector"](pictures.to(options.device))
         losses = detector_loss(outputs, rows, options.side)
         total = torch.stack(list(losses.values())).sum()
-        run.advance(total, schedule.at(run.step), max_norm=10.0)
+        run.advance(total, schedule.at(step), max_norm=10.0)
         run.note({k: float(v.detach()) for k, v in losses.items()}, 100, options.batch)
-        if run.step % options.save_every == 0:
-            run.save()
-    run.save()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ colours, a mole. The file has diffusers' PEFT keys (``unet....lora_A.weight``).
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,14 @@ from demo.train_unet import (
 )
 from demo.training import (
     WEIGHTS,
-    Average,
     Run,
     Schedule,
     add_run_arguments,
     mixed_precision,
+    open_run,
+    parse_run_options,
     save_half,
+    steps_to_take,
 )
 from demo.world import draw_scene, face_view
 
@@ -137,26 +138,17 @@ def start_run(options: argparse.Namespace) -> tuple[Run, Any]:
     unet.set_attn_processor(AttnProcessor())
     unet.requires_grad_(False)
     encoder.requires_grad_(False)
-    torch.manual_seed(options.seed)
+    torch.manual_seed(options.seed)  # whatever the loading drew, the adapter begins the same
     unet.add_adapter(LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS))
     unet.to(options.device)  # the adapter is made on the CPU
     parameters = [p for p in unet.parameters() if p.requires_grad]
-    run = Run(
-        folder=options.run,
-        modules={"unet": unet},
-        optimizer=torch.optim.AdamW(parameters, lr=0.0, weight_decay=1e-2, fused=True),
-        average=Average(parameters, 0.98),
-        generator=torch.Generator().manual_seed(options.seed),
-    )
-    if options.resume:
-        run.resume()
-    return run, encoder
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=1e-2, fused=True)
+    return open_run(options, modules={"unet": unet}, optimizer=optimizer, decay=0.98), encoder
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Draw her, train, export."""
-    options = _parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    options = parse_run_options(_parser(), arguments)
     run, encoder = start_run(options)
     unet: Any = run.modules["unet"]
     data = encode_personal(options.weights, unet.config.sample_size * 8)
@@ -167,17 +159,15 @@ def main(arguments: list[str] | None = None) -> None:
         warmup=20,
         cooldown=options.steps // 2,
     )
-    end_s = time.monotonic() + 60 * options.minutes
-    while run.step < options.steps and time.monotonic() < end_s:
+    for step in steps_to_take(run, options):
         drawn = data.draw(options.batch, run.generator, 0.0)
         latents, ids, weights = (tensor.to(options.device) for tensor in drawn)
         with torch.no_grad(), mixed_precision(latents.device.type):
             context = encoder(ids).last_hidden_state
         noise, steps = draw_noise(latents, len(products), run.generator)
         loss = diffusion_loss(unet, context, latents, weights, products, noise, steps)
-        run.advance(loss, schedule.at(run.step))
+        run.advance(loss, schedule.at(step))
         run.note({"loss": float(loss.detach())}, 50, options.batch)
-    run.save()
     run.average.swap()
     export_lora(unet, options.rank, options.out)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,17 @@ from demo.attributes import (
 from demo.captions import CLOSE_UP, PLACE_WORDS, describe_scene
 from demo.tokenizer import load_tokenizer
 from demo.train_unet import END_TOKEN, build_text_encoder
-from demo.training import RUNS, WEIGHTS, Average, Run, Schedule, add_run_arguments, size_of
+from demo.training import (
+    RUNS,
+    WEIGHTS,
+    Run,
+    Schedule,
+    add_run_arguments,
+    open_run,
+    parse_run_options,
+    size_of,
+    steps_to_take,
+)
 
 SEED = 30_000_000
 SLOTS = 2
@@ -168,27 +177,20 @@ def start_run(options: argparse.Namespace, vocabulary: int) -> Run:
         "readers": readers.to(options.device),
     }
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-    run = Run(
-        folder=options.run, modules=modules,
-        optimizer=torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=1e-2),
-        average=Average(parameters, 0.998),
-        generator=torch.Generator().manual_seed(options.seed),
-    )  # fmt: skip
-    if options.resume:
-        run.resume()
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=1e-2)
+    run = open_run(options, modules=modules, optimizer=optimizer, decay=0.998)
     print(size_of(encoder), "from step", run.step, flush=True)
     return run
 
 
 def train(run: Run, ids: torch.Tensor, values: torch.Tensor, options: argparse.Namespace) -> None:
     """Optimize until the last step or the last minute, with checkpoints."""
-    end_s = time.monotonic() + 60 * options.minutes
     schedule = Schedule(
         learning_rate=options.learning_rate, steps=options.steps, cooldown=options.cooldown
     )
     encoder, readers = run.modules["text_encoder"], run.modules["readers"]
     assert isinstance(readers, Readers)
-    while run.step < options.steps and time.monotonic() < end_s:
+    for step in steps_to_take(run, options):
         rows = torch.randint(0, len(ids), (options.batch,), generator=run.generator)
         tokens = ids[rows].to(options.device)
         # As many columns as the longest needs, and a few of the tokens that end it.
@@ -201,19 +203,14 @@ def train(run: Run, ids: torch.Tensor, values: torch.Tensor, options: argparse.N
         ends = states[torch.arange(len(rows), device=states.device), place]
         said, right = readers.said_loss(ends, values[rows].to(options.device))
         before = readers.before_loss(states, tokens)
-        run.advance(said + before, schedule.at(run.step))
+        run.advance(said + before, schedule.at(step))
         run.note({"before": float(before.detach()), "said": float(said.detach()), "right": right},
                  100, options.batch)  # fmt: skip
-        if run.step % options.save_every == 0:
-            run.save()
-    run.save()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, save, export."""
-    options = _parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
+    options = parse_run_options(_parser(), arguments)
     tokenizer = load_tokenizer(options.start or WEIGHTS / "sd")
     captions = draw_captions(options.captions, SEED)
     ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True)["input_ids"]

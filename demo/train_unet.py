@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,14 @@ from demo.tokenizer import load_tokenizer
 from demo.training import (
     CACHE,
     WEIGHTS,
-    Average,
     Run,
     Schedule,
     add_run_arguments,
     mixed_precision,
+    open_run,
+    parse_run_options,
     size_of,
+    steps_to_take,
 )
 
 START_TOKEN, END_TOKEN = 725, 726
@@ -298,22 +299,18 @@ def start_run(options: argparse.Namespace, sample_size: int) -> Run:
     optimizer = torch.optim.AdamW(
         parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=1e-2, fused=True
     )
-    run = Run(
-        folder=options.run,
+    run = open_run(
+        options,
         modules={"unet": unet, "text_encoder": encoder},
         optimizer=optimizer,
-        average=Average(parameters, options.decay),
-        generator=torch.Generator().manual_seed(options.seed),
+        decay=options.decay,
     )
-    if options.resume:
-        run.resume()
     print(size_of(unet), "and", size_of(encoder), "from step", run.step, flush=True)
     return run
 
 
 def train(run: Run, data: Dataset, options: argparse.Namespace) -> None:
     """Optimize until the last step or the last minute, with checkpoints."""
-    end_s = time.monotonic() + 60 * options.minutes
     products = noise_schedule().to(options.device)
     schedule = Schedule(
         learning_rate=options.learning_rate,
@@ -322,25 +319,20 @@ def train(run: Run, data: Dataset, options: argparse.Namespace) -> None:
         cooldown=options.cooldown,
     )
     unet, encoder = run.modules["unet"], run.modules["text_encoder"]
-    while run.step < options.steps and time.monotonic() < end_s:
+    for step in steps_to_take(run, options):
         drawn = data.draw(options.batch, run.generator, options.dropout)
         latents, ids, weights = (tensor.to(options.device) for tensor in drawn)
         with mixed_precision(latents.device.type):
             context = encoder(ids).last_hidden_state
         noise, steps = draw_noise(latents, len(products), run.generator)
         loss = diffusion_loss(unet, context, latents, weights, products, noise, steps)
-        run.advance(loss, schedule.at(run.step))
+        run.advance(loss, schedule.at(step))
         run.note({"loss": float(loss.detach())}, 100, options.batch)
-        if run.step % options.save_every == 0:
-            run.save()
-    run.save()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, save, export."""
-    options = _parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
+    options = parse_run_options(_parser(), arguments)
     data = Dataset.load(options.data)
     if options.rare:
         tokenizer = load_tokenizer(options.start or options.out)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 import cv2
@@ -19,12 +18,14 @@ from demo.latents import load_vae, round_trip
 from demo.training import (
     CACHE,
     WEIGHTS,
-    Average,
     Run,
     Schedule,
     add_run_arguments,
+    open_run,
+    parse_run_options,
     save_half,
     size_of,
+    steps_to_take,
 )
 from export.upscalers import SRVGGNetCompact
 
@@ -136,20 +137,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train and export."""
-    options = _parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
+    options = parse_run_options(_parser(), arguments)
     cv2.setNumThreads(1)
     model = build_upscaler().to(options.device)
-    run = Run(
-        folder=options.run,
-        modules={"upscaler": model},
-        optimizer=torch.optim.AdamW(model.parameters(), lr=0.0, fused=True),
-        average=Average(model.parameters(), 0.98),
-        generator=torch.Generator().manual_seed(options.seed),
-    )
-    if options.resume:
-        run.resume()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    run = open_run(options, modules={"upscaler": model}, optimizer=optimizer, decay=0.98)
     print(size_of(model), "from step", run.step, flush=True)
     train(run, options)
     metadata = {"architecture": "SRVGGNetCompact", "num_feat": FEATURES, "num_conv": CONVOLUTIONS}
@@ -164,18 +156,14 @@ def train(run: Run, options: argparse.Namespace) -> None:
     schedule = Schedule(
         learning_rate=options.learning_rate, steps=options.steps, cooldown=options.steps * 3 // 4
     )
-    end_s = time.monotonic() + 60 * options.minutes
-    while run.step < options.steps and time.monotonic() < end_s:
+    for step in steps_to_take(run, options):
         low, high = (part.to(options.device) for part in pairs.draw(options.batch))
         enlarged = run.modules["upscaler"](low)
         loss = upscaler_loss(enlarged, high)
-        run.advance(loss, schedule.at(run.step))
+        run.advance(loss, schedule.at(step))
         bicubic = F.interpolate(low, scale_factor=SCALE, mode="bicubic")
         figures = {"psnr": psnr(enlarged, high), "bicubic": psnr(bicubic, high)}
         run.note({"loss": float(loss.detach())} | figures, 100, options.batch)
-        if run.step % options.save_every == 0:
-            run.save()
-    run.save()
 
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from demo.training import (
     CACHE,
     WEIGHTS,
-    Average,
     Run,
     Schedule,
     add_run_arguments,
     mixed_precision,
+    open_run,
+    parse_run_options,
     size_of,
+    steps_to_take,
 )
 
 
@@ -158,9 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, whiten, export."""
-    options = _parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
+    options = parse_run_options(_parser(), arguments)
     vae = build_vae()
     if options.start:
         vae = AutoencoderKL.from_pretrained(options.start, torch_dtype=torch.float32)
@@ -168,15 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
     )
-    run = Run(
-        folder=options.run,
-        modules={"vae": vae},
-        optimizer=optimizer,
-        average=Average(vae.parameters(), 0.998),
-        generator=torch.Generator().manual_seed(options.seed),
-    )
-    if options.resume:
-        run.resume()
+    run = open_run(options, modules={"vae": vae}, optimizer=optimizer, decay=0.998)
     print(size_of(vae), "from step", run.step)
     _train(run, options)
     run.average.swap()
@@ -187,22 +179,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _train(run: Run, options: argparse.Namespace) -> None:
     """The loop: stops at the last step or when the minutes are over, and saves."""
-    import time
-
-    end_s = time.monotonic() + 60 * options.minutes
     crops = Crops(options.pictures, options.side, options.seed + run.step)
     schedule = Schedule(
         learning_rate=options.learning_rate, steps=options.steps, cooldown=options.cooldown
     )
-    while run.step < options.steps and time.monotonic() < end_s:
+    for step in steps_to_take(run, options):
         pixels = crops.draw(options.batch).to(options.device, memory_format=torch.channels_last)
         loss, psnr, kl = vae_loss(run.modules["vae"], pixels, options.kl)
-        run.advance(loss, schedule.at(run.step))
+        run.advance(loss, schedule.at(step))
         figures = {"loss": loss.detach(), "psnr": psnr, "kl": kl}
         run.note({name: float(value) for name, value in figures.items()}, 200, options.batch)
-        if run.step % options.save_every == 0:
-            run.save()
-    run.save()
 
 
 if __name__ == "__main__":

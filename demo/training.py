@@ -1,4 +1,4 @@
-"""What every training script of the demo shares: schedule, moving average, checkpoints, log."""
+"""What every training script of the demo shares: options, schedule, averages, checkpoints, log."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,63 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, run: str, steps: int, 
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parse_run_options(
+    parser: argparse.ArgumentParser, arguments: list[str] | None
+) -> argparse.Namespace:
+    """Parse the options of `add_run_arguments`; set PyTorch's threads and global seed by them.
+
+    Args:
+        parser: has those options, and the script's own.
+        arguments: of the command line; None for the process's.
+    """
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    return options
+
+
+def open_run(
+    options: argparse.Namespace,
+    *,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    decay: float,
+) -> Run:
+    """The run that the options name, gone on with when they say ``--resume``.
+
+    Args:
+        options: of `parse_run_options`.
+        modules: see `Run`; on their device.
+        optimizer: of the parameters that are trained; the same are averaged.
+        decay: of `Average`.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    run = Run(
+        folder=options.run,
+        modules=modules,
+        optimizer=optimizer,
+        average=Average(parameters, decay),
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+    if options.resume:
+        run.resume()
+    return run
+
+
+def steps_to_take(run: Run, options: argparse.Namespace) -> Iterator[int]:
+    """Yield the steps that are left, for the loop's body to `Run.advance` by one each.
+
+    Ends at the last step or when the minutes are over, which count from the first one on. Saves
+    every ``--save-every`` steps and at the end; not when the body raises.
+    """
+    end_s = time.monotonic() + 60 * options.minutes
+    while run.step < options.steps and time.monotonic() < end_s:
+        yield run.step
+        if run.step % options.save_every == 0:
+            run.save()
+    run.save()
 
 
 def save_half(state: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,14 @@ from demo.latents import encode_captions
 from demo.pictures import PictureSet, render_pictures
 from demo.tokenizer import load_tokenizer
 from demo.train_unet import Dataset, face_weights, rare_shares
-from demo.training import Schedule
+from demo.training import (
+    Run,
+    Schedule,
+    add_run_arguments,
+    open_run,
+    parse_run_options,
+    steps_to_take,
+)
 from export.detector import (
     OUTPUT_NAMES,
     DetectorSize,
@@ -56,6 +64,46 @@ def test_schedule_rises_stays_and_falls_when_it_has_a_cooldown() -> None:
     assert schedule.at(9) == schedule.at(50) == 1.0
     assert schedule.at(75) == pytest.approx(0.5)
     assert schedule.at(99) == pytest.approx(0.02)
+
+
+def _small_run(folder: Path, steps: int, *more: str) -> tuple[Run, argparse.Namespace]:
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser, run="small", steps=1, batch=1)
+    options = parse_run_options(parser, _arguments(folder, steps, *more))
+    line = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(line.parameters(), lr=0.0)
+    return open_run(options, modules={"line": line}, optimizer=optimizer, decay=0.5), options
+
+
+def test_run_is_saved_every_few_steps_and_at_the_end_when_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, options = _small_run(tmp_path, 5, "--save-every", "2")
+    saved: list[int] = []
+    save = Run.save
+
+    def note(run: Run) -> Path:
+        saved.append(run.step)
+        return save(run)
+
+    monkeypatch.setattr(Run, "save", note)
+    taken = []
+    for step in steps_to_take(run, options):
+        run.advance(run.modules["line"](torch.ones(1)).sum(), 0.1)
+        taken.append(step)
+    assert taken == [0, 1, 2, 3, 4]
+    assert saved == [2, 4, 5]
+    again, options = _small_run(tmp_path, 6)
+    assert again.step == 5
+    for after, before in zip(again.average.means, run.average.means, strict=True):
+        assert torch.equal(after, before)
+    assert next(steps_to_take(again, options)) == 5
+
+
+def test_run_is_saved_without_a_step_when_its_minutes_are_over(tmp_path: Path) -> None:
+    run, options = _small_run(tmp_path, 5, "--minutes", "0")
+    assert list(steps_to_take(run, options)) == []
+    assert _steps(tmp_path) == 0
 
 
 def test_vae_latents_are_even_and_decode_as_before_when_whitened(pictures: Path) -> None:

@@ -7,7 +7,6 @@ both sides.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,19 +16,11 @@ from typing import Any
 
 import diffusers
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from closeup.detection import (
-    OUTPUT_NAMES,
-    Face,
-    decode_detections,
-    detection_long_sides,
-    detector_input,
-    merge_detections,
-    scale_faces,
-)
+from benchmarks.torch_networks import enlarge, find_faces
+from closeup.detection import Face, scale_faces
 from closeup.face_blend import (
     blend_faces,
     differential_masks,
@@ -40,15 +31,12 @@ from closeup.face_blend import (
 from closeup.face_geometry import FaceCrop, extract
 from closeup.face_pass import MAX_FACTOR, PATCH_FACTORS
 from closeup.faces import FaceAction, FacePlan, plan_faces
-from closeup.images import encode_image, floats_from_pixels, pixels_from_floats
+from closeup.images import Floats, Pixels, encode_image, floats_from_pixels, pixels_from_floats
 from closeup.info import picture_parameters
 from closeup.request import Request
-from closeup.upscale import sr_factor, super_resolve
+from closeup.upscale import sr_factor
 from export.detector import load_face_detector
 from export.upscalers import LoadedUpscaler, load_upscaler
-
-Pixels = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
 
 # The samplers that the benchmarks use, as diffusers spells them.
 SCHEDULERS = {
@@ -115,7 +103,7 @@ class EagerGraph:
         pixels = [pixels_from_floats(picture) for picture in pictures]
         if request.inpaint_faces:
             with self._stage("detect"):
-                found = [self._find_faces(original) for original in originals]
+                found = [find_faces(original, detector=self._detector) for original in originals]
             with self._stage("faces"):
                 for index, seed in enumerate(request.seeds):
                     factor = pixels[index].shape[0] / originals[index].shape[0]
@@ -169,31 +157,7 @@ class EagerGraph:
         return getattr(diffusers, SCHEDULERS[name]).from_config(self._own_scheduler.config)
 
     def _enlarge(self, picture: Floats, factor: int) -> Floats:
-        async def infer(tiles: Floats) -> Floats:
-            enlarged: Floats = self._upscaler.network(torch.from_numpy(tiles)).numpy()
-            return enlarged
-
-        return asyncio.run(
-            super_resolve(
-                picture,
-                infer=infer,
-                scale=self._upscaler.scale,
-                factor=factor,
-                tile=self._upscaler.tile_px,
-                overlap=self._upscaler.overlap_px,
-                max_batch=4,
-            )
-        )
-
-    def _find_faces(self, pixels: Pixels) -> list[Face]:
-        height, width = pixels.shape[:2]
-        looks = []
-        for long_side in detection_long_sides(height, width):
-            tensor, scale = detector_input(pixels, long_side=long_side)
-            outputs = [output.numpy() for output in self._detector(torch.from_numpy(tensor))]
-            named = dict(zip(OUTPUT_NAMES, outputs, strict=True))
-            looks.append(decode_detections(named, scale=scale, size=(height, width)))
-        return merge_detections(*looks)
+        return enlarge(picture, factor, upscaler=self._upscaler)
 
     def _plan(
         self, request: Request, faces: list[Face], pixels: Pixels, seed: int, factor: float

@@ -6,12 +6,11 @@ Two requests a side: the picture alone, and with super-resolution and the face p
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,20 +33,13 @@ from benchmarks.gpu_timing import synchronize
 from benchmarks.gpu_whole import run_served
 from benchmarks.results import Section
 from benchmarks.subjects import ROOT, WEIGHTS, add_python_models
-from closeup.detection import (
-    OUTPUT_NAMES,
-    Face,
-    decode_detections,
-    detection_long_sides,
-    detector_input,
-    merge_detections,
-    scale_faces,
-)
+from benchmarks.torch_networks import enlarge, find_faces
+from closeup.detection import scale_faces
 from closeup.face_blend import blend_faces, face_mask, find_place
 from closeup.face_geometry import extract
 from closeup.faces import FaceAction, FaceOptions, plan_faces
-from closeup.images import Floats, Pixels, floats_from_pixels, pixels_from_floats
-from closeup.upscale import sr_factor, super_resolve
+from closeup.images import Floats, floats_from_pixels, pixels_from_floats
+from closeup.upscale import sr_factor
 from export.detector import load_face_detector
 from export.upscalers import load_upscaler
 
@@ -56,7 +48,6 @@ OURS = "closeup through Triton"
 SIDES = (OURS, EAGER, COMPILED)
 FACE_FIELDS: Mapping[str, Any] = {"super_resolution": True, "inpaint_faces": True, "max_faces": 1}
 REPEATS = 2
-TILE_BATCH = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -286,9 +277,12 @@ class DiffusersRequests:
         picture = self.paint(fields)
         original = pixels_from_floats(picture)
         factor = sr_factor(*picture.shape[:2])
-        pixels = pixels_from_floats(self._enlarge(picture, factor))
+        pixels = pixels_from_floats(
+            enlarge(picture, factor, upscaler=self._upscaler, device=self._device)
+        )
+        faces = find_faces(original, detector=self._detector, device=self._device)
         plans = plan_faces(
-            scale_faces(self._find_faces(original), factor),
+            scale_faces(faces, factor),
             image_size=(pixels.shape[0], pixels.shape[1]),
             work_px=self._native_px,
             options=FaceOptions(max_faces=1),
@@ -318,30 +312,3 @@ class DiffusersRequests:
             "guidance_scale": fields["cfg_scale"],
             "generator": torch.Generator("cpu").manual_seed(seed),
         }
-
-    def _enlarge(self, picture: Floats, factor: int) -> Floats:
-        async def infer(tiles: Floats) -> Floats:
-            given = torch.from_numpy(tiles).to(self._device)
-            enlarged: Floats = self._upscaler.network(given).cpu().numpy()
-            return enlarged
-
-        return asyncio.run(
-            super_resolve(
-                picture, infer=infer, scale=self._upscaler.scale, factor=factor,
-                tile=self._upscaler.tile_px, overlap=self._upscaler.overlap_px,
-                max_batch=TILE_BATCH,
-            )
-        )  # fmt: skip
-
-    def _find_faces(self, pixels: Pixels) -> Sequence[Face]:
-        height, width = pixels.shape[:2]
-        looks = []
-        for long_side in detection_long_sides(height, width):
-            tensor, scale = detector_input(pixels, long_side=long_side)
-            outputs = self._detector(torch.from_numpy(tensor).to(self._device))
-            named = {
-                name: output.cpu().numpy()
-                for name, output in zip(OUTPUT_NAMES, outputs, strict=True)
-            }
-            looks.append(decode_detections(named, scale=scale, size=(height, width)))
-        return merge_detections(*looks)

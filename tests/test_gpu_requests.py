@@ -20,12 +20,14 @@ from benchmarks.gpu_pipelines import require_space, write_pipeline, write_sure_d
 from benchmarks.gpu_plan_steps import PlanSteps, choose_target, step_profiles
 from benchmarks.gpu_requests import DiffusersRequests, Requests, Seconds, requests_section
 from benchmarks.gpu_whole import serve_options
+from benchmarks.torch_networks import enlarge
 from closeup.detection import OUTPUT_NAMES, decode_detections, detector_input
 from closeup.engines import Array, EngineOptions, open_engine
 from closeup.plans import Flavour, RuntimeFacts, verify_plan
 from export.builder import Toolchain
 from export.detector import load_face_detector
 from export.profiles import tensors_of
+from export.upscalers import LoadedUpscaler
 from tests.fake_builder import FakeTensorrt
 
 RTX = Toolchain(flavour=Flavour.RTX, module=None, version="1.7.1.116", sms=("8.9", "12.0"), gpu="")
@@ -191,6 +193,15 @@ def test_pipeline_is_not_written_when_the_disk_is_too_small(
     require_space(tmp_path, "sdxl")
     with pytest.raises(NotRun, match="take 102 GB of scratch space and 101 GB are free"):
         require_space(tmp_path, "flux")
+
+
+def test_picture_is_enlarged_exactly_when_the_network_repeats_pixels() -> None:
+    network = torch.nn.Upsample(scale_factor=2, mode="nearest")
+    upscaler = LoadedUpscaler(network=network, scale=2, tile_px=32, overlap_px=4)
+    picture = np.random.default_rng(0).random((72, 40, 3), np.float32)  # several tiles
+    enlarged = enlarge(picture, 2, upscaler=upscaler)
+    # Where tiles overlap, float32 weights add up to 1; a pixel's shift would be some 0.3.
+    np.testing.assert_allclose(enlarged, picture.repeat(2, 0).repeat(2, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux"])

@@ -11,23 +11,35 @@ import torch
 from benchmarks.likeness.accuracy import Example, held_out_example, held_out_others
 from benchmarks.likeness.compare import Likeness, likeness_of
 from benchmarks.likeness.crops import CROP_PX
-from benchmarks.likeness.damage import (
-    break_eye,
-    damage,
-    remove_features,
-    spoil_surroundings,
-)
+from benchmarks.likeness.damage import damage
 from benchmarks.likeness.drawings import UNKNOWN, draw_pair, labels_of
+from benchmarks.likeness.features import break_eye, remove_features, spoil_surroundings
 from benchmarks.likeness.generator import held_out_prompts, judge_drawings, limits_section
 from benchmarks.likeness.judge import WEIGHTS, Judge, mean_embedding
 from benchmarks.likeness.network import HEADS
 from benchmarks.likeness.prompts import Character
+from benchmarks.likeness.references import (
+    DRAWINGS,
+    References,
+    draw_looks,
+    drawing_pool,
+    looks_of,
+)
 from benchmarks.likeness.subjects import clean_crop, described_person
 from benchmarks.likeness.train_judge import attribute_loss, pair_loss
 from benchmarks.likeness.wording import ATTRIBUTES, values_of
 from demo.attributes import Framing
 
 PEOPLE = 24
+SEEN = {
+    "gender": "woman",
+    "hair": "red",
+    "style": "long",
+    "skin": "tan",
+    "left eye": "green",
+    "right eye": "green",
+    "expression": "smiling",
+}
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +163,51 @@ def test_mean_embedding_lies_between_when_two_people_are_given(
     assert one.cosine(middle) == pytest.approx(two.cosine(middle), abs=1e-5)
 
 
+# ----------------------------------------------------------------------------------- references
+
+
+def test_open_choices_are_no_unlikeness_when_a_face_is_compared(
+    judge: Judge, examples: list[Example]
+) -> None:
+    references = References(judge)
+    some = examples[:8]
+    readings = judge.look([example.crop for example in some])
+    people = [Character(truth={"hair": e.truth["hair"]}, place=(0.5, 0.5)) for e in some]
+    others = [*people[1:], people[0]]
+    own, wrong = (
+        [r.cosine(references.embedding(p, r)) for r, p in zip(readings, asked, strict=True)]
+        for asked in (people, others)
+    )
+    # A clean face is as like as two drawings of one person are, its choices whatever they be.
+    assert np.median(own) >= 0.85
+    changed = [e.truth["hair"] != p.truth["hair"] for e, p in zip(some, others, strict=True)]
+    assert sum(changed) >= 5
+    assert np.median(np.array(wrong)[changed]) < np.median(own) - 0.2
+
+
+def test_the_same_person_is_compared_with_when_a_prompt_leaves_nothing_open(
+    judge: Judge, examples: list[Example]
+) -> None:
+    references = References(judge)
+    person = described_person({"hair": "blue"}, np.random.default_rng(0))
+    her = Character(truth=values_of(person), place=(0.5, 0.5), person=person)
+    first, second = judge.look([examples[0].crop, examples[1].crop])
+    assert references.embedding(her, first) is references.embedding(her, second)
+    assert np.linalg.norm(references.embedding(her, first)) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_references_are_the_same_drawings_when_all_cores_draw_them() -> None:
+    looks = looks_of({"hair": "blue"}, {**dict.fromkeys(ATTRIBUTES, "no"), **SEEN})
+    assert looks["hair"] == "blue"
+    assert looks["skin"] == SEEN["skin"]
+    tasks = [(looks, number) for number in range(DRAWINGS)]
+    with drawing_pool() as pool:
+        there = pool.starmap(draw_looks, tasks)
+    here = [draw_looks(*task) for task in tasks]
+    np.testing.assert_array_equal(np.stack(there), np.stack(here))
+    assert not np.array_equal(here[0], here[1])
+
+
 # ------------------------------------------------------------------------------------- drawings
 
 
@@ -229,15 +286,15 @@ def test_only_the_middle_changes_when_features_are_removed() -> None:
     crop = held_out_example(100_000).crop
     landmarks = np.array([[50.0, 60], [78, 60], [64, 72], [54, 84], [74, 84]])
     changed = []
-    for seed in range(15):
+    for seed in range(24):
         head = remove_features(crop, landmarks, np.random.default_rng(seed))
         rows, columns = np.nonzero((head != crop).any(-1))
-        assert len(rows) > 400
-        # Within 1.05 times the distance of 28 px between the eyes, or, made coarse, everywhere.
+        assert len(rows) > 300  # an eye's cover
+        # Within 1.15 times the distance of 28 px between the eyes, or, made coarse, everywhere.
         far = max(abs(columns - 63.5).max(), abs(rows - 71.5).max())
-        assert far <= 30 or far > 55
-        changed.append(far <= 30)
-    assert 8 <= sum(changed) < 15
+        assert far <= 32 or far > 55
+        changed.append(far <= 32)
+    assert 16 <= sum(changed) < 24
 
 
 def test_only_the_middle_keeps_its_detail_when_surroundings_are_spoiled() -> None:

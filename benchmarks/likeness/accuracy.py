@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.likeness.crops import cut_face
-from benchmarks.likeness.damage import break_eye, remove_features, spoil_surroundings
+from benchmarks.likeness.features import break_eye, remove_features, spoil_surroundings
 from benchmarks.likeness.judge import Judge, Reading
 from benchmarks.likeness.network import EYES_MATCH, FACE
 from benchmarks.likeness.subjects import (

@@ -11,13 +11,7 @@ from typing import Any
 
 from benchmarks.likeness import detector, tables
 from benchmarks.likeness.accuracy import accuracy_section
-from benchmarks.likeness.compare import (
-    Bench,
-    Results,
-    draw_references,
-    match_people,
-    reference_crops,
-)
+from benchmarks.likeness.compare import Bench, Results, match_people
 from benchmarks.likeness.crops import cut_face
 from benchmarks.likeness.generator import (
     attributes_section,
@@ -32,6 +26,7 @@ from benchmarks.likeness.judge import Judge
 from benchmarks.likeness.methods import METHODS
 from benchmarks.likeness.metrics import Outcome
 from benchmarks.likeness.prompts import Group, Prompt, make_prompts
+from benchmarks.likeness.references import References, draw_looks, drawing_pool, looks_of
 from benchmarks.likeness.sheets import Cell, write_sheet
 from benchmarks.likeness.studio import Base, Studio, Timed, Tuning
 from benchmarks.likeness.sweeps import make_tuning
@@ -75,11 +70,10 @@ def benchmark_prompts(options: argparse.Namespace) -> list[Prompt]:
 def run_command(options: argparse.Namespace) -> Found:
     """Compare all methods."""
     prompts = benchmark_prompts(options)
-    drawn = draw_references(prompts)
-    with open_studio(options) as studio:
+    with drawing_pool() as pool, open_studio(options) as studio:
         judge, bases = Judge(), studio.paint(prompts)
         print(f"{len(bases)} base pictures", flush=True)
-        bench = Bench(studio, judge, bases, drawn)
+        bench = Bench(studio, judge, bases, References(judge, pool))
         results: dict[str, Results] = {name: Results() for name in METHODS}
         for number, (_, _, added) in enumerate(bench.compare(METHODS), start=1):
             _add(results, added)
@@ -163,9 +157,9 @@ def sweep_command(options: argparse.Namespace) -> Found:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     results = {"no pass": Results()}
-    with open_studio(options) as studio:
+    with drawing_pool() as pool, open_studio(options) as studio:
         judge, bases = Judge(), studio.paint(benchmark_prompts(options))
-        bench = Bench(studio, judge, bases)
+        bench = Bench(studio, judge, bases, References(judge, pool))
         methods = {"no pass": METHODS["no pass"]}
         for _, _, added in bench.compare(methods):
             _add(results, added)
@@ -186,9 +180,9 @@ def sweep_command(options: argparse.Namespace) -> Found:
 def crowd_command(options: argparse.Namespace) -> Found:
     """Compare closeup's pass with one prompt for all faces and with one for each."""
     prompts = make_prompts(options.split, Group.CROWD, options.count)
-    drawn = draw_references(prompts)
-    with open_studio(options) as studio:
-        bench = Bench(studio, Judge(), studio.paint(prompts), drawn)
+    with drawing_pool() as pool, open_studio(options) as studio:
+        judge = Judge()
+        bench = Bench(studio, judge, studio.paint(prompts), References(judge, pool))
         suffix = studio.models.resolve(prompt=prompts[0].text).model.face_prompt_suffix
 
         def apart(prompt: Prompt) -> Tuning:
@@ -208,11 +202,11 @@ def crowd_command(options: argparse.Namespace) -> Found:
 def worst_command(options: argparse.Namespace) -> Found:
     """Write a sheet of the faces that closeup did least good."""
     shown: list[tuple[tuple[float, ...], str, list[Cell]]] = []
-    with open_studio(options) as studio:
+    with drawing_pool() as pool, open_studio(options) as studio:
         judge, bases = Judge(), studio.paint(benchmark_prompts(options))
-        bench = Bench(studio, judge, bases)
+        bench = Bench(studio, judge, bases, References(judge, pool))
         for base, done, results in bench.compare({"closeup": METHODS["closeup"]}):
-            shown += _ranked(base, done["closeup"], results["closeup"])
+            shown += _ranked(judge, base, done["closeup"], results["closeup"])
     shown.sort(key=lambda item: item[0])
     worst = shown[: options.results]
     path: Path = options.out / "worst.png"
@@ -223,19 +217,22 @@ def worst_command(options: argparse.Namespace) -> Found:
     yield from ()
 
 
-def _ranked(base: Base, timed: Timed, results: Results) -> list[tuple[Any, str, list[Cell]]]:
+def _ranked(
+    judge: Judge, base: Base, timed: Timed, results: Results
+) -> list[tuple[Any, str, list[Cell]]]:
     """Return for every person a rank (lowest is worst), a description, and a row of the sheet."""
     ranked = []
     matched: Sequence[int | None] = match_people(base)
     for face, index in zip(results.faces, matched, strict=True):
         person = base.prompt.people[face.person]
-        drawn = reference_crops(person, base.prompt.seed, face.person)[0]
         words = f"seed {face.seed}, person {face.person}, {face.outcome.value}: {base.prompt.text}"
         if index is None or face.before is None or face.after is None:
-            cells = [(base.picture, f"{face.seed}: no face"), (drawn, "drawn")]
+            cells = [(base.picture, f"{face.seed}: no face")]
             ranked.append(((0.0, 0.0), words, cells))
             continue
         box, named = base.faces[index].box, len(person.truth)
+        (seen,) = judge.look([cut_face(timed.result.pixels, box)])
+        drawn = draw_looks(person.person or looks_of(person.truth, seen.values), 0)
         wrong = [name for name, right in face.after.right.items() if not right]
         cells = [
             (base.picture, f"{face.seed}.{face.person} {face.outcome.value}"),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.likeness.crops import cut_face
-from benchmarks.likeness.judge import Judge, Reading, mean_embedding
+from benchmarks.likeness.judge import Judge, Reading
 from benchmarks.likeness.matching import match_faces
 from benchmarks.likeness.metrics import (
     Outcome,
@@ -21,16 +19,12 @@ from benchmarks.likeness.metrics import (
     seam_score,
 )
 from benchmarks.likeness.prompts import Character, Group, Prompt
+from benchmarks.likeness.references import References
 from benchmarks.likeness.studio import Base, Method, Studio, Timed, Tuning
-from benchmarks.likeness.subjects import REFERENCE_SEED, clean_crop, described_person
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Box = tuple[float, float, float, float]
-References = dict[tuple[int, int], list[Pixels]]
-"""Seed of a prompt and index of a person in it -> clean drawings."""
-#: Drawings behind a reference: what a prompt leaves open differs among them.
-REFERENCES = 12
 #: Bytes changed further from a face than its box grown by this share count as beyond it.
 BOX_GROWN = 0.5
 _NOISE_QUANTILE, _NOISE_SHIFT = 0.95, (0.01, 0.01)
@@ -119,13 +113,13 @@ class Subject:
     Attributes:
         base: the picture.
         boxes: of each person's face in it; None where none was found.
-        references: embedding of each person drawn cleanly.
-        before: likeness of each person in the base picture.
+        readings: of those faces in the base picture.
+        before: their likeness.
     """
 
     base: Base
     boxes: tuple[Box | None, ...]
-    references: tuple[Floats, ...]
+    readings: tuple[Reading | None, ...]
     before: tuple[Likeness | None, ...]
 
 
@@ -136,7 +130,7 @@ class Bench:
         studio: paints.
         judge: looks.
         bases: the pictures.
-        drawn: `draw_references` of the pictures' prompts; what is missing is drawn here.
+        references: what faces are compared with; None draws them in this process.
 
     Attributes:
         margin: a change of the cosine of up to this is noise: the 95th percentile of what it
@@ -145,10 +139,14 @@ class Bench:
     """
 
     def __init__(
-        self, studio: Studio, judge: Judge, bases: Sequence[Base], drawn: References | None = None
+        self,
+        studio: Studio,
+        judge: Judge,
+        bases: Sequence[Base],
+        references: References | None = None,
     ) -> None:
         self.studio, self.judge = studio, judge
-        self._drawn = drawn or {}
+        self._references = references or References(judge)
         self.subjects = [self._subject(base) for base in bases]
         self.margin = self._margin()
 
@@ -165,7 +163,8 @@ class Bench:
             for name, method in methods.items():
                 change = tuning(base.prompt) if callable(tuning) else tuning
                 timed = self.studio.repaint(method, base, change)
-                after = self._judged(timed.result.pixels, base.prompt, *_who(subject))
+                readings = self._read(timed.result.pixels, subject.boxes)
+                after = self._likenesses(base.prompt, readings)
                 done[name] = timed
                 results[name] = Results(
                     faces=self._faces(base.prompt, subject.before, after),
@@ -177,39 +176,46 @@ class Bench:
         boxes = tuple(
             None if index is None else base.faces[index].box for index in match_people(base)
         )
-        references = tuple(
-            mean_embedding(self.judge.look(self._drawn.get(key) or reference_crops(person, *key)))
-            for key, person in _keyed_people(base.prompt)
-        )
-        before = self._judged(base.picture, base.prompt, boxes, references)
-        return Subject(base=base, boxes=boxes, references=references, before=tuple(before))
+        readings = self._read(base.picture, boxes)
+        before = self._likenesses(base.prompt, readings)
+        return Subject(base=base, boxes=boxes, readings=tuple(readings), before=tuple(before))
 
-    def _judged(
+    def _read(
         self,
         pixels: Pixels,
-        prompt: Prompt,
         boxes: Sequence[Box | None],
-        references: Sequence[Floats],
         shift: tuple[float, float] = (0.0, 0.0),
-    ) -> list[Likeness | None]:
-        """Judge the faces of a picture where they were found in the base picture."""
+    ) -> list[Reading | None]:
+        """Look at the faces of a picture where they were found in the base picture."""
         crops = [cut_face(pixels, box, shift=shift) for box in boxes if box is not None]
         readings = iter(self.judge.look(crops))
+        return [None if box is None else next(readings) for box in boxes]
+
+    def _likenesses(
+        self, prompt: Prompt, readings: Sequence[Reading | None]
+    ) -> list[Likeness | None]:
         return [
-            None if box is None else likeness_of(next(readings), person, reference)
-            for box, person, reference in zip(boxes, prompt.people, references, strict=True)
+            None
+            if reading is None
+            else likeness_of(reading, person, self._reference(person, reading))
+            for person, reading in zip(prompt.people, readings, strict=True)
         ]
+
+    def _reference(self, person: Character, reading: Reading) -> Floats:
+        """The embedding to compare with; what is no face is compared with nothing."""
+        if not reading.is_face:
+            return np.zeros_like(reading.embedding)
+        return self._references.embedding(person, reading)
 
     def _margin(self) -> float:
         changes = []
         for subject in self.subjects:
-            base = subject.base
-            moved = self._judged(base.picture, base.prompt, *_who(subject), _NOISE_SHIFT)
-            changes += [
-                abs(new.cosine - old.cosine)
-                for old, new in zip(subject.before, moved, strict=True)
-                if old is not None and new is not None and old.is_face and new.is_face
-            ]
+            moved = self._read(subject.base.picture, subject.boxes, _NOISE_SHIFT)
+            people = subject.base.prompt.people
+            for person, here, there in zip(people, subject.readings, moved, strict=True):
+                if here and there and here.is_face and there.is_face:
+                    reference = self._reference(person, here)
+                    changes.append(abs(there.cosine(reference) - here.cosine(reference)))
         return float(np.quantile(changes, _NOISE_QUANTILE)) if changes else 0.0
 
     def _faces(
@@ -236,10 +242,6 @@ class Bench:
         return results
 
 
-def _who(subject: Subject) -> tuple[tuple[Box | None, ...], tuple[Floats, ...]]:
-    return subject.boxes, subject.references
-
-
 def match_people(base: Base) -> list[int | None]:
     """Return for each person of the prompt the index of a face of the base picture."""
     height, width = base.picture.shape[:2]
@@ -255,37 +257,6 @@ def likeness_of(reading: Reading, person: Character, reference: Floats) -> Liken
         eyes_match=reading.eyes_match,
         is_face=reading.is_face,
     )
-
-
-def _keyed_people(prompt: Prompt) -> list[tuple[tuple[int, int], Character]]:
-    return [((prompt.seed, index), person) for index, person in enumerate(prompt.people)]
-
-
-def draw_references(prompts: Sequence[Prompt]) -> References:
-    """Draw `reference_crops` of everybody on all cores.
-
-    To be called before the process has threads of its own: it forks.
-    """
-    people = [one for prompt in prompts for one in _keyed_people(prompt)]
-    with get_context("fork").Pool(os.cpu_count()) as pool:
-        crops = pool.starmap(reference_crops, [(person, *key) for key, person in people])
-    return {key: drawn for (key, _), drawn in zip(people, crops, strict=True)}
-
-
-def reference_crops(person: Character, seed: int, index: int) -> list[Pixels]:
-    """Draw a person cleanly `REFERENCES` times, in other scenes, as the judge sees it.
-
-    Args:
-        person: of a prompt.
-        seed: the prompt's.
-        index: of the person in it.
-    """
-    crops = []
-    for number in range(REFERENCES):
-        random = np.random.default_rng([REFERENCE_SEED, seed + 100 * index, number])
-        drawn = person.person or described_person(person.truth, random)
-        crops.append(clean_crop(drawn, REFERENCE_SEED + int(random.integers(2**26))))
-    return crops
 
 
 def picture_result(base: Base, timed: Timed) -> PictureResult:

@@ -11,12 +11,8 @@ import numpy.typing as npt
 from numpy.lib.format import open_memmap
 
 from benchmarks.likeness.crops import CROP_FACTOR, cut_face
-from benchmarks.likeness.damage import (
-    break_eye,
-    damage,
-    remove_features,
-    spoil_surroundings,
-)
+from benchmarks.likeness.damage import damage
+from benchmarks.likeness.features import break_eye, remove_features, spoil_surroundings
 from benchmarks.likeness.network import EYES_MATCH, FACE, HEADS
 from benchmarks.likeness.subjects import (
     DRAWN_PX,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,6 +13,7 @@ from benchmarks.results import Section, Verdict
 
 IMPROVED_AIM, WORSENED_AIM = 0.95, 0.01
 NO_PASS, OURS = "no pass", "closeup"
+_Z_95 = 1.96
 COLUMNS = (
     "method", "faces seen", "attributes right", "cosine", "improved", "mixed", "worsened", "seam",
     "bytes outside its mask", "kB beyond the faces", "s a face", "CPU s a face",
@@ -42,6 +44,21 @@ def outcome_share(faces: Sequence[FaceResult], outcome: Outcome) -> float:
     return sum(face.outcome is outcome for face in faces) / len(faces) if faces else 0.0
 
 
+def share_with_interval(faces: Sequence[FaceResult], outcome: Outcome) -> str:
+    """Return `outcome_share` in words, with its 95 % interval: another draw of the noise moves it.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    share = outcome_share(faces, outcome)
+    if not faces:
+        return "none"
+    spread = _Z_95**2 / len(faces)
+    middle = share + spread / 2
+    reach = math.sqrt(share * (1 - share) * spread + spread**2 / 4)
+    low, high = ((middle + sign * reach) / (1 + spread) for sign in (-1, 1))
+    return f"{share:.1%} (95 % interval {max(0.0, low):.1%} to {min(1.0, high):.1%})"
+
+
 def _sides(faces: Sequence[FaceResult], after: bool) -> list[Likeness | None]:
     return [face.after if after else face.before for face in faces]
 
@@ -60,8 +77,8 @@ def group_section(results: Mapping[str, Results], groups: Sequence[Group], title
         found = [face for face in parts[OURS].faces if face.before is not None]
         note += (
             f" Of the {len(found)} faces found, closeup improved "
-            f"{outcome_share(found, Outcome.IMPROVED):.1%} and worsened "
-            f"{outcome_share(found, Outcome.WORSENED):.1%}."
+            f"{share_with_interval(found, Outcome.IMPROVED)} and worsened "
+            f"{share_with_interval(found, Outcome.WORSENED)}."
         )
         verdicts = (
             Verdict(

@@ -8,7 +8,6 @@ file. ``python -m benchmarks.likeness judge`` prints its accuracy.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +17,25 @@ from safetensors.torch import load_file
 
 from benchmarks.likeness.drawings import UNKNOWN, Batch, TrainingSet, draw_training_set
 from benchmarks.likeness.judge import WEIGHTS
-from benchmarks.likeness.network import FACE, HEADS, JudgeNetwork, tensor_from_crops
+from benchmarks.likeness.network import EYES_MATCH, FACE, HEADS, JudgeNetwork, tensor_from_crops
 from benchmarks.subjects import ROOT
 from demo.training import (
-    Average,
     Run,
     Schedule,
     add_run_arguments,
     mixed_precision,
+    open_run,
+    parse_run_options,
     save_half,
     size_of,
+    steps_to_take,
 )
 
 FOLDER = ROOT / "out" / "likeness" / "judge"
 _TEMPERATURE = 0.15
 _EMBEDDING_SHARE = 0.5
-#: Whether it is a face at all is the hardest question, and decides over all the others.
-_LOSS_WEIGHTS = {FACE: 4.0}
+#: Whether it is a face at all decides over all the others; both are the hardest questions.
+_LOSS_WEIGHTS = {FACE: 4.0, EYES_MATCH: 3.0}
 
 
 def attribute_loss(
@@ -83,20 +84,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def start_run(options: argparse.Namespace) -> Run:
     """A run from the beginning or from its checkpoint."""
-    torch.manual_seed(options.seed)
     network = JudgeNetwork().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if options.start:
         network.load_state_dict({k: v.float() for k, v in load_file(options.start).items()})
     print(size_of(network))
-    parameters = list(network.parameters())
-    run = Run(
-        folder=options.run,
-        modules={"judge": network},
-        optimizer=torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.02, fused=True),
-        average=Average(parameters, 0.0),
-        generator=torch.Generator().manual_seed(options.seed),
-    )
-    if options.resume and run.resume():
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=0.02, fused=True)
+    run = open_run(options, modules={"judge": network}, optimizer=optimizer, decay=0.0)
+    if run.step:
         print(f"going on from step {run.step}")
     return run
 
@@ -115,8 +109,7 @@ def learn(run: Run, batch: Batch, learning_rate: float) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Draw what is missing, train, save."""
-    options = _parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    options = parse_run_options(_parser(), arguments)
     if not (options.drawings / "done").exists():
         draw_training_set(
             options.drawings,
@@ -132,18 +125,14 @@ def main(arguments: list[str] | None = None) -> None:
         warmup=100,
         cooldown=2 * options.steps // 3,
     )
-    end_s = time.monotonic() + 60 * options.minutes
     run.modules["judge"].train()
-    while run.step < options.steps and time.monotonic() < end_s:
+    for step in steps_to_take(run, options):
         # A stream of its own for every step: a resumed run goes on as if never stopped.
-        random = np.random.default_rng([options.seed, run.step])
+        random = np.random.default_rng([options.seed, step])
         # Clean drawings first: small marks are found sooner in them.
-        severity = 1.0 if options.start else min(1.0, run.step / (0.4 * options.steps))
+        severity = 1.0 if options.start else min(1.0, step / (0.4 * options.steps))
         batch = data.draw(options.batch, options.batch // 2, random, severity)
-        learn(run, batch, schedule.at(run.step))
-        if run.step % options.save_every == 0:
-            run.save()
-    run.save()
+        learn(run, batch, schedule.at(step))
     save_half(run.modules["judge"].state_dict(), options.out, {"heads": ", ".join(HEADS)})
     print(f"step {run.step} of {options.steps}: written {options.out.name}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,13 @@ from benchmarks.hardware import describe_machine, machine_kind
 from benchmarks.lora_cost import measure_lora_cost
 from benchmarks.memory import measure_memory
 from benchmarks.overhead import measure_overhead
-from benchmarks.results import Section, report_data, report_markdown, section_markdown
+from benchmarks.results import (
+    Section,
+    report_data,
+    report_json,
+    report_markdown,
+    section_markdown,
+)
 from benchmarks.serving import Serving, serving
 from benchmarks.subjects import CACHE, ROOT, WEIGHTS, Subject, demo_subject, sd15_subject
 from benchmarks.throughput import measure_throughput
@@ -127,7 +132,7 @@ def write_report(sections: Sequence[Section], machine: dict[str, str]) -> None:
     stem = f"{day.isoformat()}-{machine_kind(machine)}"
     text = report_markdown(sections, machine, command, day)
     (folder / f"{stem}.md").write_text(text, encoding="utf-8")
-    data = json.dumps(report_data(sections, machine, command, day), indent=1)
+    data = report_json(report_data(sections, machine, command, day))
     (folder / f"{stem}.json").write_text(data + "\n", encoding="utf-8")
     print(f"\nwritten: benchmarks/results/{stem}.md and .json")
 

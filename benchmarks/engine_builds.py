@@ -26,7 +26,13 @@ from typing import Any
 
 from benchmarks.export_memory import SDXL_CONFIG, Case, flux_case, write_pipeline
 from benchmarks.hardware import describe_machine, machine_kind, package_version
-from benchmarks.results import Section, report_data, report_markdown, section_markdown
+from benchmarks.results import (
+    Section,
+    report_data,
+    report_json,
+    report_markdown,
+    section_markdown,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, MAX_BATCH, LORA_ROWS = 32, 4, 8
@@ -300,7 +306,7 @@ def _write(section: Section, machine: dict[str, str]) -> None:
     text = report_markdown([section], machine, command, day)
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     data = report_data([section], machine, command, day)
-    stem.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".json").write_text(report_json(data) + "\n", encoding="utf-8")
     print(f"written to {stem.relative_to(ROOT)}.md", flush=True)
 
 

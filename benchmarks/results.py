@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,3 +120,26 @@ def report_data(
             for section in sections
         ],
     }
+
+
+def report_json(value: object, depth: int = 4, indent: str = "") -> str:
+    """Write a report as JSON with a record a line, so that files of results can be compared.
+
+    Args:
+        value: what `json.dumps` takes.
+        depth: how many levels are spread over lines; what lies deeper stays on one.
+        indent: of the line that the value begins in.
+    """
+    if not depth or not value or not isinstance(value, (dict, list, tuple)):
+        return json.dumps(value)
+    inner = indent + " "
+    if isinstance(value, dict):
+        parts = [
+            f"{json.dumps(name)}: {report_json(item, depth - 1, inner)}"
+            for name, item in value.items()
+        ]
+        first, last = "{}"
+    else:
+        parts = [report_json(item, depth - 1, inner) for item in value]
+        first, last = "[]"
+    return f"{first}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{last}"

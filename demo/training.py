@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ DEMO = Path(__file__).resolve().parent
 CACHE = DEMO / "cache"
 RUNS = DEMO / "runs"
 WEIGHTS = DEMO / "weights"
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
+import mmap
 import os
 import time
 from pathlib import Path
@@ -38,6 +40,7 @@ from benchmarks.results import (
     Verdict,
     markdown_table,
     report_data,
+    report_json,
     report_markdown,
     section_markdown,
 )
@@ -138,7 +141,7 @@ def test_report_holds_tables_verdicts_and_machine_when_written() -> None:
     assert "# Benchmarks, 2026-01-02" in text
     assert "| cores" in text
     assert section_markdown(SECTION) in text
-    data = json.loads(json.dumps(report_data([SECTION], {}, "c", day)))
+    data = json.loads(report_json(report_data([SECTION], {}, "c", day)))
     assert data["sections"][0]["verdicts"][0]["met"] is False
     assert data["sections"][0]["rows"][1] == ["generate", "590"]
 
@@ -211,12 +214,21 @@ def test_overhead_is_the_wall_time_without_any_engine_when_summed_up() -> None:
     assert Load(cpu_s=cpu_s, machine_s=3.0 + 1.6, wall_s=3.2).others == pytest.approx(0.5 / cores)
 
 
+def test_report_has_a_record_a_line_when_written_as_json() -> None:
+    faces = [{"seed": 1, "right": {"hair": True}}, {"seed": 2, "right": {}}]
+    record = {"results": {'a "b"': {"faces": faces, "pictures": []}}, "margin": 0.1}
+    text = report_json(record)
+    assert json.loads(text) == record
+    assert '    {"seed": 2, "right": {}}' in text.splitlines()
+    assert report_json(record, depth=0) == json.dumps(record)
+
+
 def test_memory_watch_sees_the_peak_when_it_is_over_before_the_end() -> None:
+    gc.collect()  # what other tests left must not go while this one looks
     before = pss_bytes(os.getpid())
-    with MemoryWatch(pid=os.getpid()) as watch:
-        block = np.ones(64 << 20, np.uint8)
+    with MemoryWatch(pid=os.getpid()) as watch, mmap.mmap(-1, 64 << 20) as block:
+        block.write(bytes([1]) * len(block))
         watch.sample()
-        del block
     assert watch.peak_bytes - before > 50 << 20
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,13 @@ from benchmarks.hardware import describe_machine
 from benchmarks.likeness import commands
 from benchmarks.likeness.prompts import COUNTS, Group, Split
 from benchmarks.likeness.sweeps import PARAMETERS
-from benchmarks.results import Section, report_data, report_markdown, section_markdown
+from benchmarks.results import (
+    Section,
+    report_data,
+    report_json,
+    report_markdown,
+    section_markdown,
+)
 from benchmarks.subjects import ROOT
 
 OUT = ROOT / "out" / "likeness"
@@ -112,7 +117,7 @@ def write_report(
     text = report_markdown(sections, machine, command, day)
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     record = report_data(sections, machine, command, day) | data
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".json").write_text(report_json(record) + "\n", encoding="utf-8")
     print(f"written: {stem.name}.md and .json in {folder.name}/")
 
 

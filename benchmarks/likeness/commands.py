@@ -99,7 +99,7 @@ def _add(results: Mapping[str, Results], added: Mapping[str, Results]) -> None:
 def _notes(bench: Bench, results: Mapping[str, Results]) -> list[str]:
     behind = tables.behind(results)
     return [
-        "Faces seen: people in whom the judge sees eyes, nose and mouth; where it does not, no "
+        "Faces seen: people in whom the judge sees a face with two eyes; where it does not, no "
         "attribute is right and the cosine is 0. Attributes right: of those that the prompt names. "
         "Cosine: between the judge's embeddings of the face and of clean drawings of the same "
         "person. Improved: one of the two rose and "
@@ -195,7 +195,14 @@ def crowd_command(options: argparse.Namespace) -> Found:
             _add(results, added)
         for _, _, added in bench.compare({"closeup, a prompt a face": METHODS["closeup"]}, apart):
             _add(results, added)
-    yield tables.group_section(results, [Group.CROWD], "One prompt for all faces, and one for each")
+    apart_or_not = tables.group_section(
+        results, [Group.CROWD], "One prompt for all faces, and one for each"
+    )
+    margin = (
+        f"A change of the cosine of up to {bench.margin:.4f} counts as none: measured as in "
+        "likeness.md, on these pictures alone."
+    )
+    yield dataclasses.replace(apart_or_not, notes=(*apart_or_not.notes, margin))
     yield tables.attribute_section(results, "Attributes right, two or three people")
 
 

@@ -38,7 +38,7 @@ class Likeness:
         right: attribute -> whether it is as the prompt says, for those that it names.
         cosine: to the same person drawn cleanly.
         eyes_match: probability that the eyes are a pair.
-        is_face: eyes, nose and mouth are to be seen.
+        is_face: it is a face, with two eyes to be seen.
     """
 
     right: dict[str, bool]

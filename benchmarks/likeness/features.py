@@ -1,8 +1,8 @@
 """What happens to eyes, noses and mouths of drawn faces, by plain image operations.
 
 `break_eye` makes eyes that do not match, `remove_features` heads without a face,
-`spoil_surroundings` faces without much of a head. A face has two eyes, a nose and a mouth to be
-seen; a head that lacks one of them is none.
+`spoil_surroundings` faces without much of a head. A face has two eyes to be seen. A head that lacks
+one is none; a faint nose or mouth is a matter of opinion.
 
 Landmarks are (5, 2) float64, px, as `demo.world.Face` has them: the eye at the picture's left, the
 other one, the nose's tip, the mouth's corners. Lengths are in shares of the eyes' distance.
@@ -25,9 +25,9 @@ Colour = npt.NDArray[np.float64]
 
 _EYE_REACH = (0.36, 0.3)
 _WHOLE = ("smooth", "smeared", "shuffled", "coarse")
-_PARTS = ("one eye", "both eyes", "bar", "mouth")
-#: A cover reaches over the lashes, a bar from temple to temple, a mouth's cover from the nose on.
-_COVER_REACH, _BAR_REACH, _MOUTH_REACH = (0.46, 0.36), (0.85, 0.36), (0.6, 0.62)
+_PARTS = ("one eye", "both eyes", "bar")
+#: A cover reaches over the lashes, a bar from temple to temple.
+_COVER_REACH, _BAR_REACH = (0.46, 0.36), (0.85, 0.36)
 
 
 def break_eye(pixels: Pixels, landmarks: Points, side: int, random: np.random.Generator) -> Pixels:
@@ -68,11 +68,11 @@ def _spoiled(pixels: Pixels, eye: Points, apart: float, random: np.random.Genera
 def remove_features(pixels: Pixels, landmarks: Points, random: np.random.Generator) -> Pixels:
     """Leave a head without a face.
 
-    In one of two all of eyes, nose and mouth are smoothed away, smeared, in disorder or too coarse;
-    in the other an eye, both eyes or nose and mouth are covered, or a bar lies across the eyes.
+    In four of seven all of eyes, nose and mouth are smoothed away, smeared, in disorder or too
+    coarse; in the others an eye or both are covered, or a bar lies across them.
 
-    Nothing that leaves them all to be made out, such as a strong bend, is among these: whether that
-    is a face is a matter of opinion, and generated faces are often a little bent.
+    Nothing that leaves both eyes to be made out, such as a strong bend, is among these: whether
+    that is a face is a matter of opinion, and generated faces are often a little bent.
 
     Args:
         pixels: (S, S, 3) uint8.
@@ -81,7 +81,7 @@ def remove_features(pixels: Pixels, landmarks: Points, random: np.random.Generat
 
     Returns:
         A new picture; hair, ears and what is around the head are as before, except in the one of
-        eight whose whole is too coarse to show features.
+        seven whose whole is too coarse to show features.
     """
     apart = _eye_distance(landmarks)
     kind = (*_WHOLE, *_PARTS)[int(random.integers(len(_WHOLE) + len(_PARTS)))]
@@ -92,14 +92,12 @@ def remove_features(pixels: Pixels, landmarks: Points, random: np.random.Generat
     if kind in _WHOLE:
         changed = _without_features(pixels, landmarks.mean(0), kind, apart, random)
         return _laid(pixels, changed, _away(pixels, landmarks.mean(0), apart, (1, 1)), 0.9, 0.15)
-    eyes, mouth = list(landmarks[:2]), landmarks[2:].mean(0)
+    eyes = list(landmarks[:2])
     if kind == "one eye":
         return _covered(pixels, [eyes[int(random.integers(2))]], apart, _COVER_REACH, random)
     if kind == "both eyes":
         return _covered(pixels, eyes, apart, _COVER_REACH, random)
-    if kind == "bar":
-        return _covered(pixels, [landmarks[:2].mean(0)], apart, _BAR_REACH, random)
-    return _covered(pixels, [mouth], apart, _MOUTH_REACH, random)
+    return _covered(pixels, [landmarks[:2].mean(0)], apart, _BAR_REACH, random)
 
 
 def _without_features(

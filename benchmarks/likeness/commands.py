@@ -195,14 +195,14 @@ def crowd_command(options: argparse.Namespace) -> Found:
             _add(results, added)
         for _, _, added in bench.compare({"closeup, a prompt a face": METHODS["closeup"]}, apart):
             _add(results, added)
-    apart_or_not = tables.group_section(
+    section = tables.group_section(
         results, [Group.CROWD], "One prompt for all faces, and one for each"
     )
     margin = (
         f"A change of the cosine of up to {bench.margin:.4f} counts as none: measured as in "
         "likeness.md, on these pictures alone."
     )
-    yield dataclasses.replace(apart_or_not, notes=(*apart_or_not.notes, margin))
+    yield dataclasses.replace(section, notes=(*section.notes, margin))
     yield tables.attribute_section(results, "Attributes right, two or three people")
 
 

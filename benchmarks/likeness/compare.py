@@ -130,7 +130,7 @@ class Bench:
         studio: paints.
         judge: looks.
         bases: the pictures.
-        references: what faces are compared with; None draws them in this process.
+        references: what faces are compared with.
 
     Attributes:
         margin: a change of the cosine of up to this is noise: the 95th percentile of what it
@@ -143,10 +143,10 @@ class Bench:
         studio: Studio,
         judge: Judge,
         bases: Sequence[Base],
-        references: References | None = None,
+        references: References,
     ) -> None:
         self.studio, self.judge = studio, judge
-        self._references = references or References(judge)
+        self._references = references
         self.subjects = [self._subject(base) for base in bases]
         self.margin = self._margin()
 
